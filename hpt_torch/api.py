@@ -1,0 +1,91 @@
+"""`tune`: a search from Python."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpt_torch import recipe as recipes
+from hpt_torch import session
+from hpt_torch.observers.progress import ProgressObserver
+from hpt_torch.observers.tensorboard import TensorBoardObserver
+from hpt_torch.result import Result
+from hpt_torch.space import Dimension
+from hpt_torch.task import Task
+from hpt_torch.types import Interrupted, Problem, RecipeError
+
+
+def tune(
+    task: Task,
+    space: Mapping[str, Dimension | Mapping[str, Any]],
+    *,
+    trials: int | None = None,
+    epochs: int = 10,
+    sampler: str = "tpe",
+    seed: int = 0,
+    hparams: Mapping[str, Any] | None = None,
+    timeout: str | float | None = None,
+    round_size: int | None = None,
+    metric: str | None = None,
+    direction: str | None = None,
+    device: str = "auto",
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+    tensorboard: bool = True,
+    accept_changed_code: bool = False,
+    reopen_holdout: bool = False,
+) -> Result:
+    """Searches `space` for the hyperparameters with which `task` scores best.
+
+    task: what is trained, e.g. ``Classification(Net, data)``.
+    space: name -> Float, Int or Choice. hparams: fixed values, name -> value.
+    trials, timeout ("30m", or seconds): budgets over all resumes; at least one is needed, except for "grid".
+    epochs: of each trial. sampler: tpe, random, grid, gp. metric, direction: default to the task's.
+    run_dir: everything is kept there, and calling again with the same arguments goes on where it was. By
+    default a directory under ``runs/`` named after the task and a hash of these arguments, the data and the
+    model's source, so that running a changed script is a new run and an unchanged one continues.
+
+    Raises RecipeError (a ValueError) for wrong arguments, before anything is written; RunMismatchError when
+    `run_dir` belongs to other arguments. Ctrl-C saves and raises KeyboardInterrupt.
+    """
+    raw: dict[str, Any] = {
+        "seed": seed,
+        "task": {"kind": "python", "model": task.name, "data": "python"},
+        "hparams": dict(hparams or {}),
+        "space": dict(space),
+        "search": {"sampler": sampler, "trials": trials, "timeout": timeout, "round_size": round_size},
+        "objective": {"metric": metric, "direction": direction},
+        "trainer": {"epochs": epochs, "device": device},
+        "run": {"tensorboard": tensorboard},
+    }
+    if not isinstance(task, Task):
+        raise RecipeError("tune()", [Problem("task", f"must be a hpt_torch.Task, got {type(task).__name__}")])
+    recipe = recipes.build(raw, source="tune()")
+    checked = session.check(recipe, task, source="tune()")
+    path = Path(run_dir) if run_dir is not None else session.run_dir_for(_default_name(checked))
+    observers: list[Any] = [ProgressObserver()] if progress else []
+    observers += [TensorBoardObserver()] if tensorboard else []
+    try:
+        session.run(
+            checked,
+            path,
+            observers=observers,
+            accept_changed_code=accept_changed_code,
+            reopen_holdout=reopen_holdout,
+        )
+    except Interrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
+    return Result(path, task)
+
+
+def _default_name(checked: session.Checked) -> str:
+    identity = session.identity(checked)
+    for free in ("trials", "timeout"):
+        identity["recipe"]["search"].pop(free, None)
+    identity["recipe"].pop("run", None)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in checked.task.name)[:50].strip("._-")
+    return f"{stem or 'tune'}-{digest}"

@@ -1,0 +1,230 @@
+"""The command line: hpt run | validate | report | list."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hpt_torch import __version__
+from hpt_torch.types import HptError, Interrupted
+
+if TYPE_CHECKING:
+    from hpt_torch.recipe import Recipe
+    from hpt_torch.session import Checked
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Hyperparameter tuning for PyTorch. A run that was stopped or killed goes on with the same command.",
+)  # fmt: skip
+_RECIPE = Annotated[str, typer.Argument(help="a recipe file, or the name of one that `hpt list` shows")]
+_OVERRIDES = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as search.trials=20, seed=1, or lr=0.01 to fix it")
+]  # fmt: skip
+_ALLOW = Annotated[
+    list[str] | None, typer.Option(help="a module that the recipe may import (for module:factory)")
+]  # fmt: skip
+
+
+@app.command()
+def run(
+    recipe: _RECIPE,
+    overrides: _OVERRIDES = None,
+    run_dir: Annotated[Path | None, typer.Option(help="where the run is kept (default: runs/NAME)")] = None,
+    allow_import: _ALLOW = None,
+    accept_changed_code: Annotated[
+        bool, typer.Option(help="continue although the task's code changed")
+    ] = False,
+    reopen_holdout: Annotated[bool, typer.Option(help="search on after the hold-out rows were read")] = False,
+    quiet: Annotated[bool, typer.Option(help="no progress, only the result")] = False,
+) -> None:
+    """Tunes what RECIPE describes. Run again with the same command, it goes on where it was."""
+    checked = _checked(recipe, overrides or [], allow_import or [])
+    from hpt_torch import session
+    from hpt_torch.observers.progress import ProgressObserver
+    from hpt_torch.observers.tensorboard import TensorBoardObserver
+    from hpt_torch.report.terminal import print_report
+    from hpt_torch.result import Result
+
+    path = run_dir if run_dir is not None else session.run_dir_for(checked.recipe.name)
+    observers: list[Any] = [] if quiet else [ProgressObserver()]
+    if checked.recipe.run.tensorboard:
+        observers.append(TensorBoardObserver())
+    try:
+        session.run(
+            checked,
+            path,
+            observers=observers,
+            accept_changed_code=accept_changed_code,
+            reopen_holdout=reopen_holdout,
+        )
+    except Interrupted as stop:
+        _error_line(f"{stop.message}. The same command goes on: hpt {_again()}")
+        raise typer.Exit(128 + stop.signal) from None
+    result = Result(path, checked.task)
+    console = Console()
+    print_report(result.summary, console)
+    console.print(f"\nBest model   {path / 'best'}", highlight=False)
+    console.print(f"All trials   {path / 'trials.csv'}", highlight=False)
+    if checked.recipe.run.tensorboard:
+        console.print(f"Curves       tensorboard --logdir {path / 'tensorboard'}", highlight=False)
+    console.print(f"This report  hpt report {path}", highlight=False)
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str | None, typer.Argument(help="a recipe file or name")] = None,
+    overrides: _OVERRIDES = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of recipes, for editors")
+    ] = False,
+    allow_import: _ALLOW = None,
+) -> None:
+    """Checks a recipe and shows every problem at once. Writes nothing."""
+    if schema:
+        from hpt_torch.recipe import schema as recipe_schema
+
+        typer.echo(json.dumps(recipe_schema(), indent=2))
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a recipe, or ask for --schema")
+    checked = _checked(recipe, overrides or [], allow_import or [])
+    space, search = checked.recipe.space, checked.recipe.search
+    dynamic = sorted(set(space) & checked.task.dynamic_hparams)
+    static = sorted(set(space) - set(dynamic))
+    typer.echo(f"{recipe}: valid")
+    typer.echo(f"  task       {checked.task.name}, {checked.objective.direction} {checked.objective.metric}")
+    typer.echo(
+        f"  search     {search.sampler}, {_trials(checked.recipe)} of {checked.recipe.trainer.epochs} epochs"
+    )
+    typer.echo(f"  dynamic    {', '.join(dynamic) or 'none'}")
+    typer.echo(f"  static     {', '.join(static) or 'none'}")
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory")],
+    as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
+    canonical: Annotated[
+        bool, typer.Option("--canonical", help="sorted JSON that equal runs have in common")
+    ] = False,
+) -> None:
+    """Shows what a run has found, also while it goes on; writes trials.csv and best/."""
+    from hpt_torch.record import Record
+    from hpt_torch.report import canonical as canonical_text
+    from hpt_torch.report import summarise
+    from hpt_torch.report.export import write_exports
+    from hpt_torch.report.summary import as_dict
+    from hpt_torch.report.terminal import print_report
+
+    with Record(run_dir / "run.db", readonly=True) as record:
+        summary = summarise(record)
+        if canonical:
+            sys.stdout.write(canonical_text(summary))
+            return
+        write_exports(record, summary, run_dir)
+    if as_json:
+        typer.echo(json.dumps(as_dict(summary), indent=1))
+    else:
+        print_report(summary)
+
+
+@app.command("list")
+def list_command(
+    runs: Annotated[Path, typer.Option(help="where runs are kept")] = Path("runs"),
+) -> None:
+    """Shows the recipes at hand and the runs under runs/."""
+    from rich.table import Table
+
+    from hpt_torch.catalog import list_recipes, list_runs
+
+    console = Console()
+    recipes = Table(title="Recipes", title_justify="left")
+    recipes.add_column("recipe")
+    recipes.add_column("what it does")
+    for name, about in list_recipes():
+        recipes.add_row(name, about)
+    console.print(recipes)
+    table = Table(title=f"Runs in {runs}", title_justify="left")
+    for label in ("run", "trials", "best", "wall-clock"):
+        table.add_column(label)
+    rows = list_runs(runs)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table if rows else f"No runs in {runs} yet.")
+
+
+def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checked:
+    """The recipe, loaded and fitted to its task."""
+    from hpt_torch import catalog
+    from hpt_torch import recipe as recipes
+
+    path = catalog.find_recipe(name)
+    recipe = recipes.load(path, overrides)
+    from hpt_torch import session, task
+    from hpt_torch.types import Problem, RecipeError, TaskError
+
+    if allow_import and "" not in sys.path:
+        sys.path.insert(0, "")  # modules beside the recipe's user, as with python -m
+    try:
+        made = task.from_names(
+            kind=recipe.task.kind, model=recipe.task.model, data=recipe.task.data,
+            valid_fraction=recipe.task.valid_fraction, holdout_fraction=recipe.task.holdout_fraction,
+            seed=recipe.seed, allow_import=allow_import,
+        )  # fmt: skip
+    except TaskError as error:
+        where, _, what = str(error).partition(": ")
+        raise RecipeError(str(path), [Problem(where, what)]) from error
+    return session.check(recipe, made, source=str(path))
+
+
+def _trials(recipe: Recipe) -> str:
+    search = recipe.search
+    if search.trials is None and search.sampler == "grid":
+        from hpt_torch.samplers import grid_size
+
+        return f"{grid_size(recipe.space)} trials (the whole grid)"
+    count = 1 if search.trials is None and not recipe.space else search.trials
+    text = "as many trials as fit" if count is None else f"{count} trials"
+    return text if search.timeout is None else f"{text}, at most {search.timeout:g} s"
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(sys.argv[1:])
+
+
+def _error_line(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"hpt_torch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of `hpt`: our own errors are one message and exit status 2, not a traceback."""
+    try:
+        app()
+    except HptError as error:
+        _error_line(f"hpt: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _error_line("hpt: stopped at once; everything recorded is intact. The same command goes on.")
+        sys.exit(130)

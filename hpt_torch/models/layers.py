@@ -1,0 +1,153 @@
+"""Layers whose hyperparameters are buffers, so that a training step can read them as tensors.
+
+The convention: a buffer named as a hyperparameter (``dropout``, ``batch_norm_momentum``) *is* that
+hyperparameter; trainers set it for each member before they train. Such buffers are not persistent: they
+belong to a trial's hyperparameters, not to its weights.
+"""
+
+# B batch, C channels or features
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class Dropout(nn.Module):
+    """Dropout with probability `dropout`, kept units scaled by 1 / (1 - dropout), as ``nn.Dropout``.
+
+    Used on its own it draws from torch's generator. A trainer makes it *stateless* (`make_stateless`): the
+    mask is then a hash of (noise_key, layer, element index), so that it is the same for a member trained
+    alone, in a group, or resumed, and no generator state has to be kept.
+    """
+
+    dropout: Tensor
+    noise_key: Tensor
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.layer: int | None = None  # None: not stateless
+        self.register_buffer("dropout", torch.tensor(float(dropout)), persistent=False)
+        self.register_buffer("noise_key", torch.tensor(0, dtype=torch.int32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if self.layer is None:
+            keep = torch.rand_like(x) >= self.dropout
+        else:
+            bits = hash_bits(self.noise_key, self.layer, x.numel(), x.device).view(x.shape)
+            keep = bits >= (self.dropout * 2**24).to(torch.int32)
+        return x * keep * (1.0 / (1.0 - self.dropout)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"dropout={float(self.dropout):g}"
+
+
+def hash_bits(key: Tensor, layer: int, count: int, device: torch.device) -> Tensor:
+    """24 random bits for each of `count` elements: int32 in [0, 2**24), shape (count,).
+
+    A counter-based generator in the manner of Salmon et al. 2011 ("Parallel random numbers: as easy as 1,
+    2, 3"), with the 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector) as its mixing function.
+    """
+    key = _mix(key + _wrap(0x9E3779B9 * (layer + 1)))
+    x = torch.arange(count, dtype=torch.int32, device=device) * _wrap(0x9E3779B1)
+    return (_mix(x ^ key) >> 8) & 0xFFFFFF
+
+
+def _wrap(value: int) -> int:
+    """The signed 32-bit integer with these bits."""
+    value &= 0xFFFFFFFF
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _wrap(0x7FEB352D)
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _wrap(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def make_stateless(model: nn.Module) -> nn.Module:
+    """Swaps ``nn.Dropout`` for `Dropout` and numbers every `Dropout`. Changes and returns the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(parent, name, Dropout(min(child.p, 1 - 2**-24)).train(child.training))
+    for layer, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
+        module.layer = layer
+    return model
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over dimension 1, with `batch_norm_momentum` as a buffer.
+
+    Parameters and running statistics are named and shaped as in ``nn.BatchNorm1d`` / ``2d``, and updated
+    alike: ``running = (1 - momentum) * running + momentum * batch`` with the unbiased batch variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    batch_norm_momentum: Tensor
+
+    def __init__(self, features: int, batch_norm_momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer(
+            "batch_norm_momentum", torch.tensor(float(batch_norm_momentum)), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        # F.batch_norm takes no tensor as momentum. With momentum 1 it leaves the batch's own statistics in
+        # the two scratch tensors, and one lerp moves the running ones.
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        with torch.no_grad():
+            momentum = self.batch_norm_momentum.to(mean.dtype)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var, momentum)
+        return y
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, scheme: str) -> None:
+    """`default` leaves torch's own; the others fill every weight of two or more dimensions, biases with 0."""
+    if scheme == "default":
+        return
+    fill = {
+        "kaiming": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"),
+        "xavier": nn.init.xavier_uniform_,
+        "orthogonal": lambda w: nn.init.orthogonal_(w, gain=math.sqrt(2)),
+    }
+    if scheme not in fill:
+        raise ValueError(f"init must be default, {', '.join(fill)}, got {scheme!r}")
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2:
+                fill[scheme](parameter)
+            elif "bias" in name:
+                parameter.zero_()

@@ -1,0 +1,78 @@
+"""`Population`: the training state of P members of one signature, stacked along a first dimension."""
+
+# P members
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpt_torch.types import HParams
+
+GROUPS = ("params", "buffers", "slots", "sums")
+
+
+@dataclass(kw_only=True)
+class Population:
+    """Everything that training changes, and where each member stands.
+
+    params, buffers: name -> (P, *shape); slots: "exp_avg/name" -> (P, *shape), the optimizer's state;
+    sums: name -> (P,), what the current epoch has added up so far.
+    """
+
+    trials: list[int]
+    hparams: list[HParams]  # each member's full hyperparameters, static and dynamic
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    slots: dict[str, Tensor]
+    sums: dict[str, Tensor]
+    step: list[int] = field(default_factory=list)  # optimizer steps taken, a member's own count
+    epoch: list[int] = field(default_factory=list)  # whole epochs trained
+    batch: list[int] = field(default_factory=list)  # batches into the next epoch
+    active: list[bool] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def __post_init__(self) -> None:
+        for name in ("step", "epoch", "batch"):
+            if not getattr(self, name):
+                setattr(self, name, [0] * len(self))
+        if not self.active:
+            self.active = [True] * len(self)
+
+    def _stacks(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for group in GROUPS:
+            yield group, getattr(self, group)
+
+    def member(self, i: int) -> dict[str, dict[str, Tensor]]:
+        """Views of member i's tensors, by group."""
+        return {group: {name: tensor[i] for name, tensor in stack.items()} for group, stack in self._stacks()}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain data from which `restore` makes the same population."""
+        tensors = {f"{group}/{name}": t for group, stack in self._stacks() for name, t in stack.items()}
+        return tensors, {
+            name: list(getattr(self, name)) for name in ("trials", "step", "epoch", "batch", "active")
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over a saved state in place. Raises ValueError unless it is one of these same members."""
+        if list(meta["trials"]) != self.trials:
+            raise ValueError(f"the state is of trials {meta['trials']}, not {self.trials}")
+        expected = {f"{group}/{name}": t for group, stack in self._stacks() for name, t in stack.items()}
+        if {k: t.shape for k, t in expected.items()} != {k: t.shape for k, t in tensors.items()}:
+            raise ValueError("the state's tensors are not those of this model")
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+        for name in ("step", "epoch", "batch", "active"):
+            setattr(self, name, list(meta[name]))
+
+
+def stack(members: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """name -> (P, *shape) from P mappings name -> shape, on the device."""
+    return {name: torch.stack([member[name] for member in members]).to(device) for name in members[0]}

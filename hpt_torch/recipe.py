@@ -1,0 +1,431 @@
+"""Recipes: what a run is to do, as one TOML file. Loaded, overridden and checked here; nothing is written.
+
+All problems are found in one pass and shown together, each with its field, the rule, the value and the
+remedy. Classes below this module get flat arguments, never a `Recipe`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from hpt_torch import space as spaces
+from hpt_torch.hparams import HParamSpec
+from hpt_torch.samplers import SamplerName
+from hpt_torch.space import Choice, Dimension
+from hpt_torch.types import Problem, RecipeError, SpaceError
+
+MAX_BYTES = 1_000_000
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+_NUMBERS = {"type": "array", "minItems": 2, "maxItems": 2}
+_WHEN = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+DIMENSION_SCHEMA: dict[str, Any] = {
+    "oneOf": [
+        {"type": "object", "additionalProperties": False, "required": [kind], "properties": properties}
+        for kind, properties in {
+            "float": {"float": _NUMBERS | {"items": {"type": "number"}}, "log": {"type": "boolean"},
+                      "step": {"type": "number"}, "default": {"type": "number"}, "when": _WHEN},
+            "int": {"int": _NUMBERS | {"items": {"type": "integer"}}, "log": {"type": "boolean"},
+                    "step": {"type": "integer"}, "default": {"type": "integer"}, "when": _WHEN},
+            "choice": {"choice": {"type": "array", "minItems": 1}, "default": {}, "when": _WHEN},
+        }.items()
+    ]
+}  # fmt: skip
+
+
+def parse_duration(raw: Any) -> float:
+    """Seconds from "90s", "30m", "2h", "1d" or a number of seconds."""
+    if isinstance(raw, (int, float)) and not isinstance(raw, bool):
+        seconds = float(raw)
+    else:
+        match = DURATION.match(raw) if isinstance(raw, str) else None
+        if match is None:
+            raise ValueError(f'must be a duration such as "90s", "30m" or "2h", got {raw!r}')
+        seconds = float(match[1]) * _UNITS[match[2]]
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"must be above 0 and at most 11,000 days, got {raw!r}")
+    return seconds
+
+
+DimensionField = Annotated[
+    Any,
+    BeforeValidator(spaces.parse_dimension),
+    PlainSerializer(spaces.dump_dimension),
+    WithJsonSchema(DIMENSION_SCHEMA),
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    WithJsonSchema({"type": ["string", "number"], "pattern": DURATION.pattern}),
+]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TaskSection(Section):
+    """What is trained."""
+
+    kind: str = Field("classification", max_length=200, description="classification, or module:factory")
+    model: str = Field("mlp", max_length=200, description="mlp, or module:factory of an nn.Module")
+    data: str = Field("digits", max_length=200, description="digits, or module:factory of a Data")
+    valid_fraction: Fraction = Field(0.2, description="share of all rows that scores trials")
+    holdout_fraction: Fraction = Field(0.2, description="share of all rows that is read once, at the end")
+
+
+class ObjectiveSection(Section):
+    """What is optimised; both are the task's own unless given."""
+
+    metric: str | None = Field(None, max_length=100, description='such as "valid/accuracy"')
+    direction: Literal["maximize", "minimize"] | None = None
+
+
+class SearchSection(Section):
+    """How points are chosen, and how many."""
+
+    sampler: SamplerName = "tpe"
+    trials: int | None = Field(
+        None, ge=1, le=1_000_000, strict=True, description="over all resumes; grid: every point unless given"
+    )
+    timeout: Duration | None = Field(None, description='wall-clock over all resumes: "90s", "30m", "2h"')
+    round_size: int | None = Field(
+        None, ge=1, le=10_000, strict=True,
+        description="trials proposed together; unless given: tpe 10, gp 5, random and grid 64",
+    )  # fmt: skip
+    start_with_defaults: bool = Field(True, description="trial 0 is the declared defaults (not for grid)")
+
+
+class TrainerSection(Section):
+    """How trials are trained."""
+
+    epochs: Epochs = 10
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps"
+    )
+    engine: Literal["auto", "loop"] = "auto"
+    threads: int | None = Field(
+        None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
+    )
+    dtype: Literal["float32", "float64"] = "float32"
+    deterministic: bool = Field(True, description="refuse kernels that do not repeat bit for bit (CUDA)")
+
+
+class RunSection(Section):
+    """Where and how the run is kept; none of it changes a result."""
+
+    checkpoint_every_seconds: float = Field(
+        30.0, ge=0, le=1e6, description="at most so much training is repeated"
+    )
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """Everything a run needs. Frozen; unknown keys are refused."""
+
+    name: str = Field("tune", pattern=NAME, description="names the run directory")
+    seed: int = Field(0, ge=0, le=2**63 - 1, strict=True)
+    task: TaskSection = TaskSection()
+    hparams: dict[str, Any] = Field(default_factory=dict, description="fixed hyperparameters")
+    space: dict[str, DimensionField] = Field(default_factory=dict, description="searched hyperparameters")
+    objective: ObjectiveSection = ObjectiveSection()
+    search: SearchSection = SearchSection()
+    trainer: TrainerSection = TrainerSection()
+    run: RunSection = RunSection()
+    executor: Literal["inline"] = "inline"
+
+    def to_toml(self) -> str:
+        raw = self.model_dump(exclude_none=True)
+        raw["hparams"] = {
+            name: spaces.thaw(value) for name, value in raw["hparams"].items() if value is not None
+        }
+        return tomli_w.dumps(raw)
+
+
+# What may differ when a run is continued: budgets and logging. Everything else changes results.
+EXTENDABLE = ("name", "search.trials", "search.timeout", "run")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with ``key=value`` overrides. Raises RecipeError with every problem found."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise RecipeError(str(path), [Problem("", f"must be at most {MAX_BYTES:,} bytes, has {size:,}")])
+        text = path.read_bytes().decode()
+        raw = tomllib.loads(text)
+    except OSError as error:
+        raise RecipeError(str(path), [Problem("", f"cannot be read: {error.strerror or error}")]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), [Problem("", f"must be UTF-8 text: {error}")]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(str(path), [Problem("", f"is not valid TOML: {error}")]) from None
+    return build(raw, overrides, source=str(path))
+
+
+def build(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
+    """A recipe from plain data, with overrides. Raises RecipeError with every problem found."""
+    data, problems = _apply_overrides(raw, overrides)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += [_problem(item) for item in error.errors()]
+    except RecursionError:
+        problems.append(Problem("", "is nested too deeply"))
+    if recipe is not None:
+        problems += _cross_check(recipe)
+    if problems or recipe is None:
+        raise RecipeError(source, problems)
+    return recipe
+
+
+def _cross_check(recipe: Recipe) -> list[Problem]:
+    problems = [Problem(p.where, p.what) for p in spaces.check_space(recipe.space)]
+    for name in recipe.hparams:
+        if name in recipe.space:
+            problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))
+    if recipe.search.sampler == "grid" and not problems:
+        try:
+            size = sum(1 for _ in spaces.grid(recipe.space))
+        except SpaceError as error:
+            problems.append(Problem("search.sampler", f"grid: {error}"))
+        else:
+            if recipe.search.trials is not None and recipe.search.trials > size:
+                problems.append(
+                    Problem(
+                        "search.trials",
+                        f"the grid has {size} points, got {recipe.search.trials}; leave it out",
+                    )
+                )
+    elif recipe.search.trials is None and recipe.space and recipe.search.timeout is None:
+        problems.append(
+            Problem("search.trials", "must be given (or search.timeout), so that the search ends")
+        )
+    if (recipe.objective.metric is None) != (recipe.objective.direction is None):
+        missing = "direction" if recipe.objective.direction is None else "metric"
+        problems.append(
+            Problem(f"objective.{missing}", "metric and direction are given together or not at all")
+        )
+    if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
+        problems.append(
+            Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
+        )
+    return problems
+
+
+def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Problem]:
+    """What is wrong between a recipe's hyperparameters and those that its task knows."""
+    problems: list[Problem] = []
+    for table, names in (("hparams", recipe.hparams), ("space", recipe.space)):
+        for name in names:
+            if name not in specs:
+                known = ", ".join(sorted(specs))
+                problems.append(
+                    Problem(
+                        f"{table}.{name}",
+                        f"is not a hyperparameter of this task{_did_you_mean(name, specs)}; it has: {known}",
+                    )
+                )
+    for name, spec in specs.items():
+        if spec.required and name not in recipe.hparams and name not in recipe.space:
+            problems.append(
+                Problem(f"hparams.{name}", "must be given here or searched in [space]: it has no default")
+            )
+    for name, value in recipe.hparams.items():
+        if name in specs and (what := specs[name].problem(value)):
+            problems.append(Problem(f"hparams.{name}", what))
+    for name, dimension in recipe.space.items():
+        if name in specs:
+            problems += _check_dimension(name, dimension, specs[name])
+    for name in (*recipe.hparams, *recipe.space):
+        for parent, allowed in (specs[name].needs or {}).items() if name in specs else ():
+            possible = _possible(parent, recipe, specs)
+            if not set(possible) & set(allowed):
+                table = "space" if name in recipe.space else "hparams"
+                problems.append(Problem(
+                    f"{table}.{name}", f"is read only where {parent} is {' or '.join(map(str, allowed))}, but "
+                    f"{parent} is {', '.join(map(str, possible))}; leave it out"))  # fmt: skip
+    return problems
+
+
+def _possible(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Any]:
+    if name in recipe.space:
+        return list(recipe.space[name].values() or ())
+    return [recipe.hparams.get(name, specs[name].default)]
+
+
+def _check_dimension(name: str, dimension: Dimension, spec: HParamSpec) -> Iterable[Problem]:
+    where = f"space.{name}"
+    if isinstance(dimension, Choice):
+        for option in dimension.options:
+            if what := spec.problem(option):
+                yield Problem(where, f"option {option!r} {what}")
+        return
+    if spec.type in ("bool", "str", "ints"):
+        yield Problem(where, f"{name} is not a number; use {{choice = [...]}}")
+        return
+    if spec.type == "int" and not isinstance(dimension, spaces.Int):
+        yield Problem(where, f"{name} is an integer; use {{int = [...]}} or {{choice = [...]}}")
+        return
+    for end in ("low", "high"):
+        if what := spec.problem(getattr(dimension, end)):
+            yield Problem(where, f"{end} {what}")
+
+
+# -- overrides -----------------------------------------------------------------------------------------
+
+_SECTIONS = tuple(Recipe.model_fields)
+
+
+def _apply_overrides(
+    raw: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """``search.trials=20``, ``seed=1``, ``space.lr={float=[…]}``; a bare name that is no field of the recipe
+    is a hyperparameter: ``lr=0.01`` fixes it and takes it out of the space."""
+    data: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    problems: list[Problem] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        parts = key.split(".")
+        if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
+            problems.append(
+                Problem(repr(override)[:200], "an override must look like search.trials=20 or lr=0.01")
+            )
+            continue
+        if len(parts) == 1 and parts[0] not in _SECTIONS:
+            parts = ["hparams", *parts]
+        if len(parts) > 2:
+            problems.append(Problem(key, "an override names a field or section.field"))
+            continue
+        table = data
+        if len(parts) == 2:
+            table = data.setdefault(parts[0], {})
+            if not isinstance(table, dict):
+                problems.append(Problem(key, f"{parts[0]} is not a table"))
+                continue
+        table[parts[-1]] = _toml_value(text.strip())
+        other = {"hparams": "space", "space": "hparams"}.get(parts[0])
+        if other and len(parts) == 2 and isinstance(data.get(other), dict):
+            data[other].pop(parts[1], None)
+    return data, problems
+
+
+def _toml_value(text: str) -> Any:
+    """A value as TOML reads it; a bare word is a text."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
+    return parsed["value"] if set(parsed) == {"value"} else text
+
+
+# -- messages ------------------------------------------------------------------------------------------
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _problem(item: Any) -> Problem:
+    """One of pydantic's errors in our form: field, rule, value, remedy."""
+    location = [str(part) for part in item["loc"]]
+    where, value = ".".join(location), item.get("input")
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    context = item.get("ctx", {})
+    match item["type"]:
+        case "extra_forbidden":
+            known = _fields_at(location[:-1])
+            hint = _did_you_mean(location[-1], known)
+            if not hint and (homes := _homes(location[-1])):
+                hint = f"; did you mean {homes[0]}?"
+            return Problem(where, f"unknown field{hint or '; known: ' + ', '.join(sorted(known))}")
+        case "literal_error":
+            expected = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
+            return Problem(where, f"must be one of {expected}, got {shown}")
+        case "value_error":
+            return Problem(where, str(context.get("error", item["msg"])))
+        case "string_pattern_mismatch" if where == "name":
+            rule = "must be a letter or digit, then up to 63 letters, digits, '.', '_' or '-'"
+            return Problem(where, f"{rule}, got {shown}")
+        case "string_pattern_mismatch" if where == "trainer.device":
+            return Problem(where, f"must be auto, cpu, cuda, cuda:N or mps, got {shown}")
+    message = item["msg"].replace("Input should be", "must be")
+    return Problem(where, f"{message[:1].lower()}{message[1:]}, got {shown}")
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _homes(field: str) -> list[str]:
+    """The sections that do have a field of this name."""
+    found = []
+    for section, info in Recipe.model_fields.items():
+        if (
+            isinstance(info.annotation, type)
+            and issubclass(info.annotation, Section)
+            and field in info.annotation.model_fields
+        ):
+            found.append(f"{section}.{field}")
+    if not found:
+        found = [name for name in _SECTIONS if name == field]
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors (Taplo, Even Better TOML)."""
+    return Recipe.model_json_schema()
+
+
+# -- differences ---------------------------------------------------------------------------------------
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``field: old -> new`` for every field in which two recipes (as plain data) would give different results."""
+    lines = []
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    for key in sorted(set(flat_old) | set(flat_new)):
+        if any(key == free or key.startswith(f"{free}.") for free in EXTENDABLE):
+            continue
+        before, after = flat_old.get(key, "not given"), flat_new.get(key, "not given")
+        if before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def _flatten(data: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{name}": item for name, item in value.items()})
+        else:
+            flat[key] = value
+    return flat

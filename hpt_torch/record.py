@@ -1,0 +1,287 @@
+"""`run.db`: the durable truth of a run, as one append-only table of events in a hash chain.
+
+Trials, reports and everything else a run knows are a fold of its events; there is one commit a boundary
+and one writer. SQLite does not notice a flipped bit, so every row's hash covers its content and the hash of
+the row before it, and `Record` checks the whole chain when it opens. Views (`trials`, `reports`) are for
+people with a SQL prompt; the code does not read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hpt_torch.space import freeze, thaw
+from hpt_torch.types import DamageError, Report, RunError, Trial, TrialState
+
+FORMAT = 1
+_FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+    seq INTEGER PRIMARY KEY,   -- 1, 2, 3, … without gaps
+    at REAL NOT NULL,          -- Unix time when it was written; nothing is computed from it
+    elapsed REAL NOT NULL,     -- seconds since its session began, on a clock that cannot be set
+    kind TEXT NOT NULL,
+    body TEXT NOT NULL,        -- JSON
+    hash TEXT NOT NULL         -- SHA-256 of the hash before, and of this row
+) STRICT;
+CREATE VIEW IF NOT EXISTS trials AS
+    SELECT json_extract(planned.body, '$.trial') AS trial,
+           json_extract(planned.body, '$.hparams') AS hparams,
+           coalesce(json_extract(ended.body, '$.state'), 'not finished') AS state,
+           json_extract(ended.body, '$.reason') AS reason
+    FROM events AS planned LEFT JOIN events AS ended
+      ON ended.kind = 'finish' AND json_extract(ended.body, '$.trial') = json_extract(planned.body, '$.trial')
+    WHERE planned.kind = 'trial';
+CREATE VIEW IF NOT EXISTS reports AS
+    SELECT json_extract(body, '$.trial') AS trial, json_extract(body, '$.epoch') AS epoch,
+           json_extract(body, '$.seconds') AS seconds, json_extract(body, '$.metrics') AS metrics
+    FROM events WHERE kind = 'report';
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One thing that happened. `body` is plain data that JSON can hold."""
+
+    kind: str
+    body: Mapping[str, Any]
+    seq: int = 0  # given when it is recorded
+    at: float = 0.0
+    elapsed: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateFile:
+    """A committed state file: which part of the run it holds, and what its bytes must hash to."""
+
+    name: str
+    sha256: str
+    key: str  # what it is the state of, e.g. "chunk-3-0" or "best"
+    meta: Mapping[str, Any]
+
+
+class Record:
+    """A run's events and what follows from them. Use as a context manager; `append` is the one writer."""
+
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+        self.path = path
+        self.head = _FIRST_HASH
+        self._opened = time.monotonic()
+        self.events: list[Event] = []
+        self.trials: dict[int, Trial] = {}
+        self.state_files: dict[str, list[StateFile]] = {}  # newest last
+        self._reports: dict[tuple[int, int], tuple[Report, float]] = {}  # with the time of its commit
+        self._db = _connect(path, readonly=readonly)
+        try:
+            self._load()
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise DamageError(
+                f"{path} cannot be read as a record ({error}); restore it from a backup"
+            ) from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def append(self, *events: Event) -> None:
+        """Commits the events in one transaction: all of them are durable on return, or none is."""
+        rows, head, now, elapsed = [], self.head, time.time(), self.elapsed()
+        for seq, event in enumerate(events, start=len(self.events) + 1):
+            body = json.dumps(_plain(event.body), separators=(",", ":"), allow_nan=False)
+            head = _chain(head, seq, now, elapsed, event.kind, body)
+            rows.append((seq, now, elapsed, event.kind, body, head))
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.OperationalError as error:
+            raise RunError(
+                f"{self.path} could not be written ({error}). Everything recorded before is intact: "
+                "make room or restore access, then run the same command again"
+            ) from error
+        self.head = head
+        for seq, _, _, kind, body, _ in rows:
+            self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=now, elapsed=elapsed))
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def of_kind(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event.kind == kind]
+
+    def last(self, kind: str) -> Event | None:
+        return next((event for event in reversed(self.events) if event.kind == kind), None)
+
+    def report_at(self, trial: int, epoch: int) -> Report | None:
+        return self._reports.get((trial, epoch), (None, 0.0))[0]
+
+    def reported_at(self, trial: int, epoch: int) -> float:
+        """Unix time at which this report was committed."""
+        return self._reports[trial, epoch][1]
+
+    def in_order(self) -> list[Trial]:
+        return [self.trials[number] for number in sorted(self.trials)]
+
+    def elapsed(self) -> float:
+        """Seconds since this record was opened: the clock of the session."""
+        return time.monotonic() - self._opened
+
+    def seconds_used(self) -> float:
+        """Wall-clock seconds that earlier sessions have recorded, each from its start to its last event."""
+        total = last = 0.0
+        for event in self.events:
+            if event.kind == "session":
+                total, last = total + last, 0.0
+                continue
+            last = event.elapsed
+        return total + last
+
+    def _load(self) -> None:
+        has_table = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
+        if not has_table:
+            return
+        for row in self._db.execute("SELECT seq, at, elapsed, kind, body, hash FROM events ORDER BY seq"):
+            seq, at, elapsed, kind, body, digest = row
+            expected = _chain(self.head, seq, at, elapsed, kind, body)
+            if seq != len(self.events) + 1 or digest != expected:
+                raise DamageError(
+                    f"{self.path} is damaged: event {len(self.events) + 1} is not the one that was written "
+                    f"(its hash does not fit). The {len(self.events)} events before it are intact; "
+                    "restore the file from a backup"
+                )
+            self.head = digest
+            self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=at, elapsed=elapsed))
+
+    def _apply(self, event: Event) -> None:
+        self.events.append(event)
+        body = event.body
+        match event.kind:
+            case "run":
+                if body["format"] != FORMAT:
+                    raise RunError(
+                        f"{self.path} has record format {body['format']}, this version reads {FORMAT}; "
+                        f"use hpt_torch {body['version']}"
+                    )
+            case "trial":
+                hparams = {name: freeze(value) for name, value in body["hparams"].items()}
+                self.trials[body["trial"]] = Trial(
+                    number=body["trial"], round=body["round"], hparams=hparams, signature=body["signature"]
+                )
+            case "report":
+                report = Report(
+                    trial=body["trial"], epoch=body["epoch"], metrics=body["metrics"], seconds=body["seconds"]
+                )
+                self._reports[report.trial, report.epoch] = report, event.at
+                trial = self.trials[report.trial]
+                self._update(report.trial, reports=(*trial.reports, report), state=TrialState.RUNNING)
+            case "finish":
+                self._update(
+                    body["trial"],
+                    state=TrialState(body["state"]),
+                    reason=body["reason"],
+                    weights_sha256=body["weights_sha256"],
+                )
+            case "pause":
+                for number in body["trials"]:
+                    self._update(number, state=TrialState.PAUSED)
+            case "state":
+                name = body["key"]
+                self.state_files.setdefault(name, []).append(StateFile(**body))
+            case _:
+                pass  # sessions, plans, hold-out readings: looked up by kind where they are needed
+
+    def _update(self, number: int, **changes: Any) -> None:
+        self.trials[number] = dataclasses.replace(self.trials[number], **changes)
+
+
+def _connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
+    if readonly:
+        if not path.is_file():
+            raise RunError(f"{path.parent} is not a run directory: it has no {path.name}")
+        return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        # A file system without shared memory (NFS) refuses WAL and keeps the rollback journal.
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.executescript(_SCHEMA)
+    except sqlite3.DatabaseError as error:
+        db.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise RunError(f"{path} cannot be opened for writing ({error})") from error
+        raise DamageError(f"{path} is not a record of hpt_torch ({error})") from error
+    return db
+
+
+def _chain(head: str, seq: int, at: float, elapsed: float, kind: str, body: str) -> str:
+    row = f"{head}\n{seq}\n{at.hex()}\n{elapsed.hex()}\n{kind}\n{body}"
+    return hashlib.sha256(row.encode()).hexdigest()
+
+
+# JSON has no NaN or infinity: they are written as {"float": "nan"}.
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in thaw(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    return value
+
+
+def _revive(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"float"} and isinstance(value["float"], str):
+            return float(value["float"])
+        return {key: _revive(item) for key, item in value.items()}
+    return [_revive(item) for item in value] if isinstance(value, list) else value
+
+
+# -- the events that make up a trial's life ------------------------------------------------------------
+
+
+def trial_event(number: int, round: int, hparams: Mapping[str, Any], signature: str) -> Event:
+    body = {"trial": number, "round": round, "hparams": dict(hparams), "signature": signature}
+    return Event(kind="trial", body=body)
+
+
+def report_event(report: Report) -> Event:
+    return Event(kind="report", body=dataclasses.asdict(report))
+
+
+def finish_event(trial: int, state: TrialState, reason: str = "", weights_sha256: str = "") -> Event:
+    body = {"trial": trial, "state": state.value, "reason": reason, "weights_sha256": weights_sha256}
+    return Event(kind="finish", body=body)
+
+
+def pause_event(trials: Sequence[int] | Iterable[int]) -> Event:
+    return Event(kind="pause", body={"trials": list(trials)})
+
+
+def state_event(file: StateFile) -> Event:
+    return Event(kind="state", body={**dataclasses.asdict(file), "meta": dict(file.meta)})

@@ -1,0 +1,80 @@
+"""Derived files of a run: `trials.csv` and `best/`. Made from the record, so they can be deleted."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from hpt_torch.record import Record
+from hpt_torch.report.summary import Summary
+from hpt_torch.space import thaw
+from hpt_torch.types import DamageError
+
+
+def trials_csv(summary: Summary) -> str:
+    """One row a trial: number, state, searched hyperparameters, last metrics, epochs, seconds, reason."""
+    hparams = sorted({name for trial in summary.trials for name in trial.hparams})
+    metrics = sorted({name for trial in summary.trials for name in trial.metrics})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["number", "state", *hparams, *metrics, "epoch", "seconds", "reason"])
+    for trial in summary.trials:
+        reason = trial.reason.strip().splitlines()[-1] if trial.reason.strip() else ""
+        seconds = round(sum(report.seconds for report in trial.reports), 4)
+        writer.writerow([
+            trial.number, trial.state.value,
+            *(_cell(trial.hparams.get(name)) for name in hparams),
+            *(trial.metrics.get(name, "") for name in metrics),
+            trial.epoch, seconds, _cell(reason),
+        ])  # fmt: skip
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Lists as text; a text that a spreadsheet would run as a formula is quoted."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return str(thaw(value))
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+def write_exports(record: Record, summary: Summary, path: Path) -> None:
+    """Writes `trials.csv` and, once a trial is complete, `best/weights.safetensors` and `best/hparams.toml`.
+
+    Raises DamageError where the best weights are not the ones that were recorded.
+    """
+    (path / "trials.csv").write_text(trials_csv(summary))
+    if summary.best is None:
+        return
+    file = record.state_files["best"][-1]
+    source = path / "checkpoints" / file.name
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise DamageError(f"the best trial's weights, {source}, cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise DamageError(
+            f"the best trial's weights, {source}, are damaged: their SHA-256 is not the recorded one"
+        )
+    best = path / "best"
+    best.mkdir(exist_ok=True)
+    (best / "weights.safetensors").write_bytes(data)
+    (best / "hparams.toml").write_text(hparams_toml(summary))
+
+
+def hparams_toml(summary: Summary) -> str:
+    """The best trial's hyperparameters and metrics as a TOML document."""
+    best = summary.best
+    assert best is not None
+    hparams = {
+        name: thaw(value) for name, value in sorted(summary.full_hparams(best).items()) if value is not None
+    }
+    metrics = {name: value for name, value in sorted(best.metrics.items()) if math.isfinite(value)}
+    return tomli_w.dumps({"trial": best.number, "hparams": hparams, "metrics": metrics})

@@ -1,0 +1,140 @@
+"""What a run has found, as plain data: the base of the terminal report, `--json`, `--canonical` and the API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpt_torch.record import Record
+from hpt_torch.space import Space, parse_dimension, thaw
+from hpt_torch.types import HParams, Objective, RunError, Trial, TrialState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A run at one moment. `finished` is false while it is running or can be continued."""
+
+    name: str
+    objective: Objective
+    space: Space
+    fixed: HParams
+    trials: list[Trial]
+    best: Trial | None
+    holdout: Mapping[str, float]
+    holdout_rows: int
+    holdout_reads: int
+    seconds: float  # wall-clock of all sessions
+    sessions: int
+    planned: int | None  # trials the recipe asks for; None: until the time is used up
+    environment: Mapping[str, Any]
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """Completed trials, best first."""
+        return self.objective.ranked([t for t in self.trials if t.state is TrialState.COMPLETE])
+
+    @property
+    def states(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for trial in self.trials:
+            counts[trial.state.value] = counts.get(trial.state.value, 0) + 1
+        return counts
+
+    @property
+    def gap(self) -> float | None:
+        """Train minus valid of the objective's metric at the best trial: positive = better on train."""
+        if self.best is None or not self.objective.metric.startswith("valid/"):
+            return None
+        train = self.best.metrics.get("train/" + self.objective.metric.removeprefix("valid/"))
+        valid = self.objective.score(self.best)
+        if train is None or valid is None:
+            return None
+        return train - valid if self.objective.direction == "maximize" else valid - train
+
+    def full_hparams(self, trial: Trial) -> dict[str, Any]:
+        return {**self.fixed, **trial.hparams}
+
+
+def summarise(record: Record) -> Summary:
+    """Raises RunError where the run has not recorded its recipe yet."""
+    begun = record.last("run")
+    if begun is None:
+        raise RunError(f"{record.path.parent} has not begun: run it first")
+    recipe = begun.body["recipe"]
+    objective = Objective(**begun.body["objective"])
+    ranked = objective.ranked([t for t in record.in_order() if t.state is TrialState.COMPLETE])
+    sessions, readings = record.of_kind("session"), record.of_kind("holdout")
+    best = ranked[0] if ranked else None
+    reading = readings[-1].body if readings else {"metrics": {}, "rows": 0, "trial": -1}
+    current = best is not None and reading["trial"] == best.number
+    return Summary(
+        name=recipe["name"], objective=objective,
+        space={name: parse_dimension(raw) for name, raw in recipe["space"].items()},
+        fixed=recipe["hparams"], trials=record.in_order(), best=best,
+        holdout=reading["metrics"] if current else {}, holdout_rows=reading["rows"], holdout_reads=len(readings),
+        seconds=record.seconds_used(), sessions=len(sessions),
+        planned=sessions[-1].body["budget"]["trials"] if sessions else None,
+        environment=sessions[-1].body if sessions else {},
+    )  # fmt: skip
+
+
+def as_dict(summary: Summary) -> dict[str, Any]:
+    """Everything as JSON can hold it, times included."""
+    best = summary.best
+    return {
+        "name": summary.name,
+        "objective": {"metric": summary.objective.metric, "direction": summary.objective.direction},
+        "best": None if best is None else {
+            "number": best.number, "hparams": _plain(best.hparams), "metrics": dict(best.metrics),
+            "all_hparams": _plain(summary.full_hparams(best)),
+        },
+        "holdout": {"metrics": dict(summary.holdout), "rows": summary.holdout_rows, "reads": summary.holdout_reads},
+        "gap": summary.gap,
+        "states": summary.states,
+        "seconds": summary.seconds,
+        "trials": [
+            {**_trial(trial), "round": trial.round, "reason": trial.reason,
+             "seconds": sum(report.seconds for report in trial.reports)}
+            for trial in summary.trials
+        ],
+    }  # fmt: skip
+
+
+def canonical(summary: Summary) -> str:
+    """What two equal runs have in common, byte for byte: no times, hosts, processes or paths."""
+    best = summary.best
+    data = {
+        "objective": {"metric": summary.objective.metric, "direction": summary.objective.direction},
+        "best": None if best is None else {
+            "number": best.number, "hparams": _plain(best.hparams), "metrics": dict(best.metrics),
+        },
+        "holdout": {"metrics": dict(summary.holdout), "rows": summary.holdout_rows},
+        "trials": [
+            {**_trial(trial), "round": trial.round, "signature": trial.signature,
+             "reports": [{"epoch": r.epoch, "metrics": dict(r.metrics)} for r in trial.reports]}
+            for trial in summary.trials
+        ],
+    }  # fmt: skip
+    return json.dumps(_hex(data), sort_keys=True, indent=1) + "\n"
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number, "state": trial.state.value, "hparams": _plain(trial.hparams),
+        "metrics": dict(trial.metrics), "epoch": trial.epoch, "weights_sha256": trial.weights_sha256,
+    }  # fmt: skip
+
+
+def _plain(hparams: HParams) -> dict[str, Any]:
+    return {name: thaw(value) for name, value in hparams.items()}
+
+
+def _hex(value: Any) -> Any:
+    """Floats as float.hex: every bit is compared, and no printing rounds it away."""
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: _hex(item) for key, item in value.items()}
+    return [_hex(item) for item in value] if isinstance(value, list) else value

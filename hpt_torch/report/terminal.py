@@ -1,0 +1,89 @@
+"""The report as text on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hpt_torch.report.summary import Summary
+from hpt_torch.space import thaw
+from hpt_torch.types import Trial
+
+TOP = 10
+
+
+def show_value(value: Any) -> str:
+    """A hyperparameter or metric in few characters."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(thaw(value))
+
+
+def show_seconds(seconds: float) -> str:
+    """12.3 s, 4 min 5 s, 2 h 3 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def render(summary: Summary) -> RenderableType:
+    """The answer first: the best trial and its figures, then the top ten, then what went wrong."""
+    parts: list[RenderableType] = [*_answer(summary)]
+    if summary.ranked:
+        parts.append(_table(summary, summary.ranked[:TOP]))
+    failed = [t for t in summary.trials if t.reason]
+    if failed:
+        parts.append(Text(f"{len(failed)} trials ended badly; the first, trial {failed[0].number}: "
+                          f"{failed[0].reason.strip().splitlines()[-1]}", style="yellow"))  # fmt: skip
+    return Group(*parts)
+
+
+def _answer(summary: Summary) -> list[Text]:
+    states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(summary.states.items()))
+    lines = [Text(f"{summary.name}: {states or 'no trials yet'} in {show_seconds(summary.seconds)}")]
+    best = summary.best
+    if best is None:
+        lines.append(Text("No trial is complete yet.", style="yellow"))
+        return lines
+    metric = summary.objective.metric
+    score = summary.objective.score(best)
+    lines.append(
+        Text.assemble(
+            ("Best: ", "bold"), f"trial {best.number} with {metric} = ", (f"{score:.4f}", "bold green")
+        )
+    )
+    searched = ", ".join(f"{name} = {show_value(value)}" for name, value in best.hparams.items())
+    if searched:
+        lines.append(Text(f"  {searched}"))
+    train = best.metrics.get("train/" + metric.removeprefix("valid/"))
+    if summary.gap is not None and train is not None:
+        lines.append(Text(f"  train {train:.4f}, valid {score:.4f}: gap {summary.gap:+.4f}"))
+    held = summary.holdout.get("holdout/" + metric.removeprefix("valid/"))
+    if held is not None:
+        reads = "once" if summary.holdout_reads == 1 else f"{summary.holdout_reads} times"
+        lines.append(
+            Text(f"  hold-out {held:.4f} on {summary.holdout_rows} rows that no decision saw, read {reads}")
+        )
+    return lines
+
+
+def _table(summary: Summary, trials: list[Trial]) -> Table:
+    metric = summary.objective.metric
+    names = list(summary.space)
+    table = Table(title=f"Top {len(trials)} of {len(summary.ranked)} complete trials", title_justify="left")
+    for label in ("trial", metric, *names, "epochs", "seconds"):
+        table.add_column(label, justify="right", overflow="fold")
+    for trial in trials:
+        seconds = sum(report.seconds for report in trial.reports)
+        values = [show_value(trial.hparams[n]) if n in trial.hparams else "–" for n in names]
+        score = summary.objective.score(trial)
+        table.add_row(str(trial.number), f"{score:.4f}", *values, str(trial.epoch), f"{seconds:.2f}")
+    return table
+
+
+def print_report(summary: Summary, console: Console | None = None) -> None:
+    (console or Console()).print(render(summary))

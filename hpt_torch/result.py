@@ -1,0 +1,103 @@
+"""`Result`: what a run found, for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpt_torch import checkpoint
+from hpt_torch.record import Record
+from hpt_torch.report import Summary, summarise
+from hpt_torch.report.export import trials_csv, write_exports
+from hpt_torch.report.terminal import show_value
+from hpt_torch.samplers import make_study
+from hpt_torch.task import Task
+from hpt_torch.trainers import base
+from hpt_torch.types import Objective, RunError, Trial
+
+
+class Result:
+    """The trials of a run, the best of them, and its model. Made by `tune`, or from a run directory."""
+
+    def __init__(self, path: str | Path, task: Task | None = None) -> None:
+        self.path = Path(path)
+        self._task = task
+        with Record(self.path / "run.db", readonly=True) as record:
+            self.summary: Summary = summarise(record)
+            write_exports(record, self.summary, self.path)
+            self._seed = int(record.of_kind("run")[0].body["recipe"]["seed"])
+
+    @property
+    def trials(self) -> Sequence[Trial]:
+        """Every trial, in the order of their numbers."""
+        return self.summary.trials
+
+    @property
+    def best(self) -> Trial:
+        """The complete trial with the best score. Raises RunError where no trial is complete."""
+        if self.summary.best is None:
+            states = ", ".join(f"{count} {state}" for state, count in self.summary.states.items())
+            reason = next((t.reason for t in self.trials if t.reason), "")
+            raise RunError(
+                f"no trial of {self.path} is complete ({states or 'none was planned'}). {reason}".strip()
+            )
+        return self.summary.best
+
+    @property
+    def objective(self) -> Objective:
+        return self.summary.objective
+
+    @property
+    def holdout(self) -> dict[str, float]:
+        """The best trial's metrics on the rows that no decision saw; empty before the search has ended."""
+        return dict(self.summary.holdout)
+
+    @property
+    def study(self) -> Any:
+        """The trials as an in-memory Optuna study, for optuna.visualization and optuna.importance."""
+        return make_study(self.summary.space, self.trials, self.objective)
+
+    def hparams(self, trial: Trial | None = None) -> dict[str, Any]:
+        """All hyperparameters of a trial (default: the best), the fixed ones included."""
+        return self.summary.full_hparams(self.best if trial is None else trial)
+
+    def best_model(self) -> nn.Module:
+        """The best trial's trained model, on the CPU, in evaluation mode. Needs the task that `tune` got."""
+        if self._task is None:
+            raise RunError("best_model() needs the task: Result(path, task)")
+        best = self.best
+        with Record(self.path / "run.db", readonly=True) as record:
+            file = record.state_files["best"][-1]
+        weights, _ = checkpoint.load(self.path / "checkpoints" / file.name, file.sha256)
+        model = base.build(self._task, self.hparams(), best.number, self._seed)
+        dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
+        return base.load_weights(model.to(dtype), weights, self.hparams(), self._task.dynamic_hparams)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """One row a trial, as text; also written to `path` if given."""
+        text = trials_csv(self.summary)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{count} {state.lower()}" for state, count in self.summary.states.items())
+        if self.summary.best is None:
+            return f"Result({str(self.path)!r}: {states or 'no trials'})"
+        best = self.best
+        score = self.objective.score(best)
+        searched = ", ".join(f"{name}={show_value(value)}" for name, value in best.hparams.items())
+        return (
+            f"Result({str(self.path)!r}: {states}; best is trial {best.number} with "
+            f"{self.objective.metric}={score:.4f} at {searched or 'the fixed hyperparameters'})"
+        )
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(trial._repr_html_() for trial in self.summary.ranked[:1])
+        return f"<p>{escape(repr(self))}</p>{rows}"

@@ -1,0 +1,161 @@
+"""Samplers: which points to try next, as a pure function of the finished rounds and a derived seed.
+
+Optuna's samplers restart their random sequence in every process, so each decision gets a fresh sampler
+with a seed of its own and an in-memory study rebuilt from the record: the same history and seed give the
+same points in any process, however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from hpt_torch import space as spaces
+from hpt_torch.seeding import derive_seed, generator
+from hpt_torch.space import Space
+from hpt_torch.types import HParams, HParamValue, Objective, Trial, TrialState
+
+SamplerName = Literal["tpe", "random", "grid", "gp"]
+ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 64, "grid": 64}
+
+
+def suggest(
+    space: Space,
+    history: Sequence[Trial],
+    numbers: Sequence[int],
+    *,
+    round: int,
+    kind: SamplerName,
+    objective: Objective,
+    seed: int,
+    start_with_defaults: bool = True,
+) -> list[HParams]:
+    """Hyperparameters for the trials `numbers`, which belong to `round`.
+
+    Of `history` a trial sees the earlier rounds, and the trials of its own round as running whatever has
+    become of them (TPE's constant liar keeps a round apart): asking for a round in two parts gives the
+    same points as asking once.
+    """
+    if not space:
+        return [{} for _ in numbers]
+    if kind == "grid":
+        points = list(spaces.grid(space))
+        order = generator(seed, "grid").permutation(len(points))
+        return [points[order[number]] for number in numbers]
+    seen: list[Trial] = []
+    if kind != "random":
+        seen = [trial for trial in history if trial.round < round]
+        seen += [
+            dataclasses.replace(trial, state=TrialState.RUNNING, reports=())
+            for trial in history
+            if trial.round == round
+        ]
+    study = make_study(space, seen, objective, impute=kind == "gp")
+    asked = []
+    for number in numbers:
+        study.sampler = _make_sampler(kind, derive_seed(seed, "sampler", number, bits=32))
+        fixed = spaces.defaults(space) if number == 0 and start_with_defaults else {}
+        asked.append(_ask(study, space, fixed))
+    return asked
+
+
+def grid_size(space: Space) -> int:
+    return sum(1 for _ in spaces.grid(space))
+
+
+def _make_sampler(kind: SamplerName, seed: int) -> Any:
+    import optuna
+
+    makers: dict[str, Callable[..., Any]] = {
+        "tpe": optuna.samplers.TPESampler,
+        "random": optuna.samplers.RandomSampler,
+        "gp": optuna.samplers.GPSampler,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return makers[kind](seed=seed)
+
+
+def _ask(study: Any, space: Space, fixed: Mapping[str, HParamValue]) -> dict[str, HParamValue]:
+    """One point: asked all at once, or name by name where dimensions have conditions."""
+    import optuna
+
+    if fixed:
+        study.sampler = optuna.samplers.PartialFixedSampler(
+            {n: spaces.encode(v) if isinstance(space[n], spaces.Choice) else v for n, v in fixed.items()},
+            study.sampler,
+        )
+    if all(dimension.when is None for dimension in space.values()):
+        trial = study.ask({name: d.distribution(name) for name, d in space.items()})
+        return {name: spaces.decode(d, trial.params[name]) for name, d in space.items()}
+    trial = study.ask()
+    point: dict[str, HParamValue] = {}
+    for name in spaces.ordered(space):
+        dimension = space[name]
+        if spaces.is_active(dimension, point):
+            point[name] = spaces.decode(dimension, _suggest_one(trial, name, dimension))
+    return point
+
+
+def _suggest_one(trial: Any, name: str, dimension: spaces.Dimension) -> Any:
+    if isinstance(dimension, spaces.Choice):
+        return trial.suggest_categorical(name, [spaces.encode(option) for option in dimension.options])
+    suggest_number = trial.suggest_float if isinstance(dimension, spaces.Float) else trial.suggest_int
+    step = {} if dimension.step in (None, 1) else {"step": dimension.step}
+    return suggest_number(name, dimension.low, dimension.high, log=spaces.is_log(name, dimension), **step)
+
+
+_OPTUNA_STATES = {
+    TrialState.WAITING: "WAITING",
+    TrialState.RUNNING: "RUNNING",
+    TrialState.PAUSED: "RUNNING",
+    TrialState.COMPLETE: "COMPLETE",
+    TrialState.PRUNED: "PRUNED",
+    # Optuna's FAIL teaches a sampler nothing, so it would propose the same bad region again; a pruned trial
+    # without a value is the worst of all for TPE.
+    TrialState.FAILED: "PRUNED",
+    TrialState.INFEASIBLE: "PRUNED",
+}
+
+
+def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, impute: bool = False) -> Any:
+    """The trials as an in-memory Optuna study. A failed trial is a PRUNED one without a value.
+
+    With `impute` (for the GP, which reads COMPLETE trials only) it is a COMPLETE one with the worst score
+    seen, so that the model learns where training diverges.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction=objective.direction, study_name="hpt_torch")
+    ranked = objective.ranked([t for t in trials if t.state is TrialState.COMPLETE])
+    worst = objective.score(ranked[-1]) if ranked else None
+    frozen = []
+    for trial in trials:
+        score = objective.score(trial)
+        state = optuna.trial.TrialState[_OPTUNA_STATES[trial.state]]
+        if state == optuna.trial.TrialState.PRUNED and impute and worst is not None:
+            state, score = optuna.trial.TrialState.COMPLETE, worst
+        active = {name: d for name, d in space.items() if name in trial.hparams}
+        dead = trial.state in (TrialState.FAILED, TrialState.INFEASIBLE)
+        frozen.append(
+            optuna.trial.create_trial(
+                state=state,
+                value=score if state == optuna.trial.TrialState.COMPLETE else None,
+                params={
+                    name: spaces.encode(trial.hparams[name]) if isinstance(d, spaces.Choice) else trial.hparams[name]
+                    for name, d in active.items()
+                },
+                distributions={name: d.distribution(name) for name, d in active.items()},
+                intermediate_values={} if dead else {
+                    report.epoch: report.metrics[objective.metric]
+                    for report in trial.reports
+                    if objective.metric in report.metrics
+                },
+                user_attrs={"hpt_torch/number": trial.number, **({"reason": trial.reason} if trial.reason else {})},
+            )
+        )  # fmt: skip
+    study.add_trials(frozen)
+    return study

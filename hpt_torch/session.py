@@ -1,0 +1,301 @@
+"""One session of a run: check everything, open or continue the directory, tune, close.
+
+What `hpt run` and `hpt_torch.tune` have in common. All checks come before the first write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import signal
+import socket
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from hpt_torch import __version__, recipe as recipes
+from hpt_torch.checkpoint import write_atomic
+from hpt_torch.hparams import HParamSpec
+from hpt_torch.recipe import Recipe
+from hpt_torch.record import FORMAT, Event, Record
+from hpt_torch.rundir import RunDir, environment
+from hpt_torch.space import freeze
+from hpt_torch.task import Task
+from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.tuner import Observer, Tuner
+from hpt_torch.types import (
+    HParams,
+    InfeasibleError,
+    Interrupted,
+    Objective,
+    Problem,
+    RecipeError,
+    RunError,
+    RunMismatchError,
+)
+
+RUN_ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that fits its task: what a session needs and a run's record begins with."""
+
+    recipe: Recipe  # with every default of the task filled in
+    task: Task
+    hparams: HParams  # the fixed ones
+    objective: Objective
+
+
+def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
+    """Fits the recipe to the task. Raises RecipeError with every problem found; writes nothing."""
+    specs = task.hparam_specs()
+    problems = recipes.check_hparams(recipe, specs)
+    objective = task.objective
+    if recipe.objective.metric is not None and recipe.objective.direction is not None:
+        objective = Objective(metric=recipe.objective.metric, direction=recipe.objective.direction)
+    if not objective.metric.startswith(("valid/", "train/")):
+        problems.append(Problem("objective.metric", f"must begin with valid/, got {objective.metric!r}"))
+    device = recipe.trainer.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(
+            Problem("trainer.device", f"is {device}, but this machine has no CUDA device; use auto or cpu")
+        )
+    elif device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
+        problems.append(
+            Problem("trainer.device", f"is {device}, but there are {torch.cuda.device_count()} devices")
+        )
+    elif device == "mps" and not torch.backends.mps.is_available():
+        problems.append(
+            Problem("trainer.device", "is mps, but this machine has no Apple GPU; use auto or cpu")
+        )
+    if device == "mps" and recipe.trainer.dtype == "float64":
+        problems.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
+    if not problems:
+        problems += _check_model(recipe, specs, task)
+    if problems:
+        raise RecipeError(source, problems)
+    fixed = _fixed(recipe, specs)
+    filled = {name: value for name, value in fixed.items() if value is not None}
+    return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
+
+
+def _fixed(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> dict[str, Any]:
+    defaults = {name: spec.default for name, spec in specs.items() if name not in recipe.space}
+    return {name: freeze(value) for name, value in {**defaults, **recipe.hparams}.items()}
+
+
+def _check_model(recipe: Recipe, specs: Mapping[str, HParamSpec], task: Task) -> list[Problem]:
+    """Where no static hyperparameter is searched there is one model, and it must be possible."""
+    if any(not specs[name].dynamic for name in recipe.space if name != "batch_size"):
+        return []
+    lows = {
+        name: d.default if d.default is not None else (d.values() or (d.low,))[0]
+        for name, d in recipe.space.items()
+    }
+    try:
+        task.build_model({**_fixed(recipe, specs), **lows})
+    except InfeasibleError as error:
+        return [Problem("hparams", f"allow no model: {error}")]
+    return []
+
+
+def run(
+    checked: Checked,
+    path: Path,
+    *,
+    observers: Sequence[Observer] = (),
+    accept_changed_code: bool = False,
+    reopen_holdout: bool = False,
+) -> None:
+    """Runs or continues the run at `path`. Raises Interrupted after a graceful stop."""
+    directory = RunDir(path)
+    directory.check_usable()
+    wanted = identity(checked)
+    if directory.record.exists():
+        _check_continues(directory, wanted, checked, accept_changed_code, reopen_holdout)
+    with directory, Record(directory.record) as record:
+        if record.last("run") is None:
+            device, threads = _device(checked.recipe.trainer.device), checked.recipe.trainer.threads
+            started = {"device": device.type, "threads": threads or torch.get_num_threads()}
+            record.append(Event(kind="run", body={**wanted, **started}))
+        begun = record.of_kind("run")[0].body
+        torch.set_num_threads(begun["threads"])
+        device = _resume_device(checked.recipe.trainer.device, begun["device"], path)
+        if checked.recipe.trainer.deterministic:
+            _deterministic(device)
+        where = environment(str(device), begun["threads"])
+        session = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "budget": _budget(checked.recipe),
+            **where,
+        }
+        record.append(Event(kind="session", body=session))
+        directory.write_json(directory.environment, where)
+        write_atomic(directory.recipe, checked.recipe.to_toml().encode())
+        dtype = getattr(torch, checked.recipe.trainer.dtype)
+        trainer = LoopTrainer(
+            checked.task,
+            checked.task.data().to(device, dtype),
+            device=device,
+            dtype=dtype,
+            seed=checked.recipe.seed,
+        )
+        with _stop_signals(observers) as received:
+            tuner = Tuner(
+                recipe=checked.recipe, hparams=checked.hparams, task=checked.task, objective=checked.objective,
+                directory=directory, record=record, trainer=trainer, observers=observers,
+                should_stop=lambda: bool(received),
+            )  # fmt: skip
+            tuner.run()
+        if received:
+            raise Interrupted(received[0], f"stopped; everything is saved in {path}")
+
+
+# -- continuing ----------------------------------------------------------------------------------------
+
+
+def identity(checked: Checked) -> dict[str, Any]:
+    """What must be equal for a run to be continued, as its first event holds it."""
+    objective = checked.objective
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "recipe": tomllib.loads(checked.recipe.to_toml()),
+        "objective": {"metric": objective.metric, "direction": objective.direction},
+        "data": checked.task.data().fingerprint(),
+        "code": _code(checked.task),
+    }
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    return {"trials": recipe.search.trials, "timeout": recipe.search.timeout}
+
+
+def _code(task: Task) -> dict[str, str]:
+    """SHA-256 of the source of the user's classes and functions; hpt_torch's own are its version."""
+    hashes = {}
+    for source in task.sources():
+        if getattr(source, "__module__", "").split(".")[0] == "hpt_torch":
+            continue
+        try:
+            text = inspect.getsource(source)
+        except (OSError, TypeError):
+            text = "source not available"
+        hashes[getattr(source, "__qualname__", repr(type(source)))] = hashlib.sha256(
+            text.encode()
+        ).hexdigest()
+    return hashes
+
+
+def _check_continues(
+    directory: RunDir, wanted: Mapping[str, Any], checked: Checked, accept_code: bool, reopen: bool
+) -> None:
+    with Record(directory.record, readonly=True) as record:
+        begun = record.last("run")
+        if begun is None:
+            return
+        old = begun.body
+        lines = recipes.differences(old["recipe"], wanted["recipe"])
+        if old["data"] != wanted["data"]:
+            lines.append("the data set's tensors are not the same")
+        if lines:
+            shown = "\n  ".join(lines)
+            raise RunMismatchError(
+                f"{directory.path} belongs to another recipe:\n  {shown}\n"
+                "Use that recipe to continue it, or another --run-dir for this one"
+            )
+        if old["code"] != wanted["code"] and not accept_code:
+            changed = sorted(
+                k for k in {**old["code"], **wanted["code"]} if old["code"].get(k) != wanted["code"].get(k)
+            )
+            raise RunMismatchError(
+                f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials before and "
+                "after would not be comparable: use another run directory, or --accept-changed-code "
+                "(accept_changed_code=True) to go on all the same"
+            )
+        sessions = record.of_kind("session")
+        if (
+            sessions
+            and record.last("holdout")
+            and sessions[-1].body["budget"] != _budget(checked.recipe)
+            and not reopen
+        ):
+            before = ", ".join(
+                f"search.{k} = {v}" for k, v in sessions[-1].body["budget"].items() if v is not None
+            )
+            raise RunMismatchError(
+                f"{directory.path} is finished ({before or 'one trial'}) and its hold-out rows were read. Searching on and reading them "
+                "again makes that figure less honest: --reopen-holdout (reopen_holdout=True) does so, and the "
+                "report counts the readings"
+            )
+
+
+# -- the machine ---------------------------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def _resume_device(name: str, begun: str, path: Path) -> torch.device:
+    """The device of this session: of the kind on which the run began, for other kinds round differently."""
+    device = torch.device("cpu") if name == "auto" and begun == "cpu" else _device(name)
+    if device.type != begun:
+        raise RunMismatchError(
+            f"{path} began on {begun}, and this machine would continue it on {device.type}, where results "
+            "are not the same bit for bit; continue it there, or use another --run-dir"
+        )
+    return device
+
+
+def _deterministic(device: torch.device) -> None:
+    """Kernels that repeat bit for bit. On the CPU all that we use do; CUDA has to be asked."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def _stop_signals(observers: Sequence[Observer]) -> Iterator[list[int]]:
+    """The first SIGINT, SIGTERM or SIGUSR1 asks for a stop at the next step; a second one stops at once."""
+    received: list[int] = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+    except ValueError:  # not the main thread: signals are not ours to handle
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_dir_for(name: str, root: Path = RUN_ROOT) -> Path:
+    """The directory of a run of this name, inside the run root."""
+    path = root / name
+    if path.resolve().parent != root.resolve():
+        raise RunError(f"the run name {name!r} leads outside {root}; use another name")
+    return path

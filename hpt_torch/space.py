@@ -1,0 +1,347 @@
+"""The search space: dimensions, their conditions, and how a point is read and written.
+
+lr          = {float = [1e-4, 1e-1], default = 1e-3}        # log scale: see hparams.ALWAYS_LOG
+width       = {int = [16, 256], log = true}
+hidden_sizes = {choice = [[64], [64, 64]]}
+momentum    = {float = [0.0, 0.99], when = {optimizer = ["sgd"]}}
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpt_torch.hparams import ALWAYS_LOG
+from hpt_torch.types import HParamValue, Problem, SpaceError
+
+When = Mapping[str, Sequence[HParamValue]]
+_MAX_GRID = 1_000_000
+
+
+def freeze(value: Any) -> HParamValue:
+    """Lists become tuples, all the way down, so that values can be compared and hashed."""
+    return tuple(freeze(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Float:
+    """A real number in [low, high], on a linear or log scale, or on a grid of `step`."""
+
+    low: float
+    high: float
+    log: bool | None = None  # None: log for lr, weight_decay, l1, l2, eps; linear for every other name
+    step: float | None = None
+    default: float | None = None
+    when: When | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "step", "default"):
+            value = getattr(self, name)
+            if value is None and name in ("step", "default"):
+                continue
+            if not _is_number(value):
+                raise SpaceError(f"{name} must be a finite number, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        _check_range(self.low, self.high, self.log, self.step)
+        _check_default(self)
+
+    def contains(self, value: HParamValue) -> bool:
+        if not _is_number(value) or not self.low <= float(value) <= self.high:  # type: ignore[arg-type]
+            return False
+        steps = (float(value) - self.low) / self.step if self.step else 0.0  # type: ignore[arg-type]
+        return abs(steps - round(steps)) < 1e-6
+
+    def values(self) -> tuple[float, ...] | None:
+        """Every value where they can be counted, else None."""
+        if self.step is None:
+            return None
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return tuple(self.low + i * self.step for i in range(count))
+
+    def distribution(self, name: str) -> Any:
+        from optuna.distributions import FloatDistribution
+
+        return FloatDistribution(self.low, self.high, log=is_log(name, self), step=self.step)
+
+
+@dataclass(frozen=True)
+class Int:
+    """A whole number in [low, high], both included."""
+
+    low: int
+    high: int
+    log: bool | None = None
+    step: int = 1
+    default: int | None = None
+    when: When | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "step", "default"):
+            value = getattr(self, name)
+            if not _is_int(value) and not (name == "default" and value is None):
+                raise SpaceError(f"{name} must be an integer, got {value!r}")
+        _check_range(self.low, self.high, self.log, self.step if self.step != 1 else None)
+        _check_default(self)
+
+    def contains(self, value: HParamValue) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int):
+            return False
+        return self.low <= value <= self.high and (value - self.low) % self.step == 0
+
+    def values(self) -> tuple[int, ...]:
+        return tuple(range(self.low, self.high + 1, self.step))
+
+    def distribution(self, name: str) -> Any:
+        from optuna.distributions import IntDistribution
+
+        return IntDistribution(self.low, self.high, log=is_log(name, self), step=self.step)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the options; an option may be a list (``hidden_sizes``)."""
+
+    options: Sequence[Any]
+    default: Any = None
+    when: When | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, (list, tuple)) or not self.options:
+            raise SpaceError(f"choice must be a list of at least one option, got {self.options!r}")
+        options = tuple(freeze(option) for option in self.options)
+        for option in options:
+            _check_option(option)
+        encoded = [encode(option) for option in options]
+        twice = next((e for i, e in enumerate(encoded) if e in encoded[:i]), None)
+        if twice is not None:
+            raise SpaceError(f"choice has the option {twice} twice")
+        object.__setattr__(self, "options", options)
+        if self.default is not None:
+            object.__setattr__(self, "default", freeze(self.default))
+        _check_default(self)
+
+    def contains(self, value: HParamValue) -> bool:
+        return encode(value) in {encode(option) for option in self.options}
+
+    def values(self) -> tuple[HParamValue, ...]:
+        return tuple(self.options)
+
+    def distribution(self, name: str) -> Any:
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution([encode(option) for option in self.options])
+
+
+Dimension = Float | Int | Choice
+Space = Mapping[str, Dimension]
+
+
+def encode(value: HParamValue) -> str:
+    """A choice as Optuna sees it: JSON text, so that lists are allowed and 1, 1.0 and true differ."""
+    return json.dumps(value)
+
+
+def decode(dimension: Dimension, value: Any) -> HParamValue:
+    """From Optuna's value back to the user's."""
+    if isinstance(dimension, Choice):
+        return freeze(json.loads(value))
+    return float(value) if isinstance(dimension, Float) else int(value)
+
+
+def is_log(name: str, dimension: Float | Int) -> bool:
+    if dimension.log is not None:
+        return dimension.log
+    return name in ALWAYS_LOG and dimension.step in (None, 1)
+
+
+def _check_range(low: float, high: float, log: Any, step: float | None) -> None:
+    if low > high:
+        raise SpaceError(f"low must be at most high, got [{low:g}, {high:g}]")
+    if log is not None and not isinstance(log, bool):
+        raise SpaceError(f"log must be true or false, got {log!r}")
+    if log and low <= 0:
+        raise SpaceError(f"a log scale needs low > 0, got {low:g}; raise low or set log = false")
+    if step is not None and step <= 0:
+        raise SpaceError(f"step must be above 0, got {step:g}")
+    if step is not None and log:
+        raise SpaceError("step and log cannot be combined; leave one out or list the values as a choice")
+    if step is not None and step > high - low:
+        raise SpaceError(f"step must be at most high - low = {high - low:g}, got {step:g}")
+
+
+def _check_default(dimension: Dimension) -> None:
+    if dimension.default is not None and not dimension.contains(dimension.default):
+        raise SpaceError(f"default must lie in the dimension, got {dimension.default!r}")
+
+
+def _check_option(option: HParamValue) -> None:
+    if isinstance(option, tuple):
+        for item in option:
+            _check_option(item)
+    elif not isinstance(option, (bool, str)) and not _is_number(option):
+        raise SpaceError(
+            f"an option must be a number, a text, true, false or a list of these, got {option!r}"
+        )
+
+
+# -- recipe form ---------------------------------------------------------------------------------------
+
+_KINDS = ("float", "int", "choice")
+_OPTIONS = {
+    "float": ("log", "step", "default", "when"),
+    "int": ("log", "step", "default", "when"),
+    "choice": ("default", "when"),
+}
+
+
+def parse_dimension(raw: Any) -> Dimension:
+    """A dimension from its recipe form; SpaceError says what is wrong with it."""
+    if isinstance(raw, Dimension):
+        return raw
+    if not isinstance(raw, Mapping):
+        raise SpaceError(
+            f"must be a table such as {{float = [0.1, 1.0]}}, got {raw!r}; a fixed value belongs in [hparams]"
+        )
+    kinds = [kind for kind in _KINDS if kind in raw]
+    if len(kinds) != 1:
+        raise SpaceError(f"must have exactly one of float, int, choice; got {', '.join(raw) or 'nothing'}")
+    kind = kinds[0]
+    unknown = [key for key in raw if key != kind and key not in _OPTIONS[kind]]
+    if unknown:
+        raise SpaceError(f"unknown option {unknown[0]!r}; {kind} takes {', '.join(_OPTIONS[kind])}")
+    rest = {key: raw[key] for key in raw if key != kind}
+    if "when" in rest:
+        rest["when"] = _parse_when(rest["when"])
+    if kind == "choice":
+        return Choice(raw[kind], **rest)
+    bounds = raw[kind]
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
+        raise SpaceError(f"{kind} must be [low, high], got {bounds!r}")
+    return (Float if kind == "float" else Int)(bounds[0], bounds[1], **rest)
+
+
+def _parse_when(raw: Any) -> When:
+    if not isinstance(raw, Mapping) or not raw:
+        raise SpaceError(f'when must be a table such as {{optimizer = ["sgd"]}}, got {raw!r}')
+    for name, values in raw.items():
+        if not isinstance(values, (list, tuple)) or not values:
+            raise SpaceError(f"when.{name} must be a list of values, got {values!r}")
+    return {name: tuple(freeze(value) for value in values) for name, values in raw.items()}
+
+
+def dump_dimension(dimension: Dimension) -> dict[str, Any]:
+    """The recipe form of a dimension; `parse_dimension` of it gives the same dimension."""
+    raw: dict[str, Any]
+    if isinstance(dimension, Choice):
+        raw = {"choice": thaw(dimension.options)}
+    else:
+        raw = {"float" if isinstance(dimension, Float) else "int": [dimension.low, dimension.high]}
+        if dimension.log is not None:
+            raw["log"] = dimension.log
+        if dimension.step not in (None, 1) or (isinstance(dimension, Float) and dimension.step is not None):
+            raw["step"] = dimension.step
+    if dimension.default is not None:
+        raw["default"] = thaw(dimension.default)
+    if dimension.when is not None:
+        raw["when"] = {name: thaw(values) for name, values in dimension.when.items()}
+    return raw
+
+
+def thaw(value: Any) -> Any:
+    """Tuples become lists, all the way down, as TOML and JSON write them."""
+    return [thaw(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# -- the space as a whole ------------------------------------------------------------------------------
+
+
+def check_space(space: Space) -> list[Problem]:
+    """What is wrong between the dimensions: log scales and conditions."""
+    problems = []
+    for name, dimension in space.items():
+        if not isinstance(dimension, Choice) and is_log(name, dimension) and dimension.low <= 0:
+            problems.append(Problem(
+                f"space.{name}", f"{name} is searched on a log scale, which needs low > 0, got "
+                f"{dimension.low:g}; raise low or set log = false"))  # fmt: skip
+        for parent, values in (dimension.when or {}).items():
+            where = f"space.{name}.when.{parent}"
+            if parent == name:
+                problems.append(Problem(where, "a dimension cannot depend on itself"))
+            elif parent not in space:
+                known = ", ".join(sorted(set(space) - {name})) or "none"
+                problems.append(
+                    Problem(where, f"must name another dimension of the space (there are: {known})")
+                )
+            else:
+                for value in values:
+                    if not space[parent].contains(value):
+                        problems.append(Problem(where, f"{parent} can never be {value!r}"))
+    try:
+        ordered(space)
+    except SpaceError as error:
+        problems.append(Problem("space", str(error)))
+    return problems
+
+
+def ordered(space: Space) -> list[str]:
+    """The names, every dimension after those that its condition reads; otherwise in the given order."""
+    done: list[str] = []
+    left = list(space)
+    while left:
+        ready = [name for name in left if all(p in done or p not in space for p in space[name].when or {})]
+        if not ready:
+            raise SpaceError(f"the conditions of {', '.join(left)} depend on each other in a circle")
+        done.append(ready[0])
+        left.remove(ready[0])
+    return done
+
+
+def is_active(dimension: Dimension, point: Mapping[str, HParamValue]) -> bool:
+    """Whether the dimension's condition holds at a point that has its parents' values."""
+    for parent, values in (dimension.when or {}).items():
+        if parent not in point or encode(point[parent]) not in {encode(value) for value in values}:
+            return False
+    return True
+
+
+def defaults(space: Space) -> dict[str, HParamValue]:
+    """The declared defaults, without those whose condition does not hold."""
+    return {name: d.default for name, d in space.items() if d.default is not None}
+
+
+def grid(space: Space) -> Iterator[dict[str, HParamValue]]:
+    """Every point of a space that can be counted, first name slowest; inactive dimensions are left out.
+
+    Raises SpaceError where a dimension is continuous or the grid has more than a million points.
+    """
+    names = ordered(space)
+    values: dict[str, Sequence[HParamValue]] = {}
+    for name in names:
+        listed = space[name].values()
+        if listed is None:
+            raise SpaceError(f"space.{name}: a grid needs values that can be counted; give step or a choice")
+        values[name] = listed
+    if math.prod(len(v) for v in values.values()) > _MAX_GRID:
+        raise SpaceError(f"the grid has more than {_MAX_GRID:,} points; use another sampler or fewer values")
+    seen = set()
+    for combination in itertools.product(*values.values()):
+        point: dict[str, HParamValue] = {}
+        for name, value in zip(names, combination, strict=True):
+            if is_active(space[name], point):
+                point[name] = value
+        key = tuple((name, encode(value)) for name, value in point.items())
+        if key not in seen:
+            seen.add(key)
+            yield point

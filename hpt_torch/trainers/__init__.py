@@ -1,0 +1,1 @@
+"""Trainers run segments: members of one signature, from their state, until an epoch."""

@@ -1,0 +1,136 @@
+"""What all trainers share: segments and their results, data order, model set-up, evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpt_torch.data import Data, Rows
+from hpt_torch.models.layers import make_stateless
+from hpt_torch.seeding import derive_seed, generator, torch_seeded
+from hpt_torch.task import Task
+from hpt_torch.types import HParams, Report
+
+EVALUATION_BATCH = 1024
+
+
+@dataclass
+class SegmentResult:
+    """What a segment brought: reports, members that ended badly, and whether it was left half-way."""
+
+    reports: list[Report] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)  # trial -> why
+    paused: bool = False  # `should_pause` said so: the population stands inside an epoch
+
+
+ShouldPause = Callable[[], bool]
+
+
+class DataOrder:
+    """Which rows make up which batch: a function of (seed, epoch), shared by all members.
+
+    Every epoch has a new order; its last partial batch is dropped; a batch size above the number of rows
+    means all of them.
+    """
+
+    def __init__(self, rows: int, seed: int, device: torch.device) -> None:
+        self.rows, self.seed, self.device = rows, seed, device
+        self._cached: tuple[int, Tensor] | None = None
+
+    def batches(self, batch_size: int) -> int:
+        """Batches an epoch."""
+        return self.rows // min(batch_size, self.rows)
+
+    def epoch(self, epoch: int) -> Tensor:
+        """The rows in the order of this epoch (0-based), shape (rows,)."""
+        if self._cached is None or self._cached[0] != epoch:
+            order = generator(self.seed, "order", 0, epoch).permutation(self.rows)
+            self._cached = epoch, torch.from_numpy(order).to(self.device)
+        return self._cached[1]
+
+
+def build(task: Task, hparams: HParams, trial: int, seed: int) -> nn.Module:
+    """The member's model with its initial weights: a function of (seed, trial), made on the CPU."""
+    with torch_seeded(seed, "init", trial):
+        model = task.build_model(hparams)
+    return make_stateless(model).train()
+
+
+def is_hparam_buffer(name: str, dynamic: frozenset[str]) -> bool:
+    """Whether a buffer is a hyperparameter (or its noise key) rather than something that training changes."""
+    leaf = name.rpartition(".")[2]
+    return leaf == "noise_key" or leaf in dynamic
+
+
+def set_hparams(model: nn.Module, hparams: HParams, dynamic: frozenset[str]) -> None:
+    """Fills the model's hyperparameter buffers with these values."""
+    for name, buffer in model.named_buffers():
+        leaf = name.rpartition(".")[2]
+        if leaf in dynamic and leaf in hparams:
+            buffer.fill_(float(hparams[leaf]))  # type: ignore[arg-type]
+
+
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], hparams: HParams, dynamic: frozenset[str]
+) -> nn.Module:
+    """The model with these weights and hyperparameters, in evaluation mode."""
+    model.load_state_dict(dict(weights))
+    set_hparams(model, hparams, dynamic)
+    return model.eval()
+
+
+def probe(train: Rows, valid: Rows, seed: int) -> Rows:
+    """The train rows on which train metrics are measured: as many as there are valid rows, chosen once.
+
+    So that the gap between train and valid is that of two equally large samples, both in evaluation mode,
+    at a cost that does not grow with the train split.
+    """
+    count = min(len(train), len(valid))
+    chosen = generator(seed, "probe").permutation(len(train))[:count]
+    index = torch.from_numpy(chosen).to(next(iter(train.tensors.values())).device)
+    return Rows(train.select(index))
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, rows: Rows) -> Mapping[str, float]:
+    """The task's metrics over all rows, in evaluation mode; sums are added in float64."""
+    was_training = model.training
+    model.eval()
+    totals: dict[str, Tensor] = {}
+    for start in range(0, len(rows), EVALUATION_BATCH):
+        sums = task.metrics(model, rows.slice(start, start + EVALUATION_BATCH))
+        for name, value in sums.items():
+            totals[name] = totals[name] + value if name in totals else value
+    model.train(was_training)
+    return task.finalize(totals)
+
+
+def measure(task: Task, model: nn.Module, probe_rows: Rows, data: Data) -> dict[str, float]:
+    """The metrics of a report: ``train/…`` on the probe rows and ``valid/…``."""
+    metrics = {f"train/{name}": value for name, value in evaluate(task, model, probe_rows).items()}
+    metrics.update({f"valid/{name}": value for name, value in evaluate(task, model, data.valid).items()})
+    return metrics
+
+
+def noise_seed(seed: int, trial: int) -> int:
+    """The member's 32 bits from which the noise of each of its steps derives."""
+    return derive_seed(seed, "noise", trial, bits=32)
+
+
+def step_key(noise: int, step: int) -> int:
+    """The noise key of a step, as a signed 32-bit integer."""
+    value = (noise + 0x9E3779B9 * (step + 1)) & 0xFFFFFFFF
+    return value - 2**32 if value >= 2**31 else value
+
+
+def diverged(metrics: Mapping[str, Any], epoch: int, train_loss: float) -> str | None:
+    """Why the member counts as diverged, or None."""
+    if not math.isfinite(train_loss):
+        return f"diverged: the training loss is {train_loss} in epoch {epoch}"
+    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    return f"diverged: {bad[0]} is {metrics[bad[0]]} after epoch {epoch}" if bad else None

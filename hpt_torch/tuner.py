@@ -1,0 +1,356 @@
+"""The tuner: the loop that proposes trials, trains them, records what came of it, and goes on where it was.
+
+The only place that sees both the deciding half (space, samplers, record) and the training half (tasks,
+trainers). Everything that it does is a function of the recipe and of what is already recorded, so that
+running is resuming.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hpt_torch import checkpoint, samplers
+from hpt_torch.hparams import signature
+from hpt_torch.population import Population
+from hpt_torch.recipe import Recipe
+from hpt_torch.record import (
+    Event,
+    Record,
+    StateFile,
+    finish_event,
+    pause_event,
+    report_event,
+    state_event,
+    trial_event,
+)
+from hpt_torch.rundir import RunDir
+from hpt_torch.task import Task
+from hpt_torch.trainers.base import evaluate
+from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.types import (
+    DamageError,
+    HParams,
+    InfeasibleError,
+    Objective,
+    Report,
+    RunError,
+    Trial,
+    TrialState,
+)
+
+_KEEP_STATES = 2  # the newest state files of a chunk: if one is damaged, the one before serves
+
+
+class Observer(Protocol):
+    """Sees what is recorded, after it was. Nothing it writes is needed to go on."""
+
+    def started(self, tuner: Tuner) -> None: ...
+
+    def recorded(self, tuner: Tuner, events: Sequence[Event]) -> None: ...
+
+    def ended(self, tuner: Tuner) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Trials of one signature that train together, as planned and recorded."""
+
+    key: str
+    trials: tuple[int, ...]
+
+
+class Tuner:
+    """One session of a run. `run` returns when every budget is used; it raises what it cannot handle."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        hparams: HParams,
+        task: Task,
+        objective: Objective,
+        directory: RunDir,
+        record: Record,
+        trainer: LoopTrainer,
+        observers: Sequence[Observer] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.recipe, self.task, self.objective = recipe, task, objective
+        self.fixed = hparams  # the fixed hyperparameters, defaults included
+        self.dir, self.record, self.trainer = directory, record, trainer
+        self.observers, self._should_stop = observers, should_stop
+        self._used_before = record.seconds_used()
+        self._saved_at = time.monotonic()
+        self.best = best_of(record, objective)
+        self.finished = sum(trial.state.is_finished for trial in record.trials.values())
+        search = recipe.search
+        self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
+        self.total: int | None = search.trials
+        if search.trials is None and not recipe.space:
+            self.total = 1
+        elif search.trials is None and search.sampler == "grid":
+            self.total = samplers.grid_size(recipe.space)
+
+    # -- the loop --------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains until the budgets are used or a stop is asked for (then everything is saved)."""
+        for observer in self.observers:
+            observer.started(self)
+        try:
+            self.dir.remove_strays(self._needed_files())
+            while not self.stopped and not self.timed_out:
+                chunks = self._open_chunks()
+                if not chunks and not self._plan_round():
+                    break
+                for chunk in chunks:
+                    if not self._train_chunk(chunk):
+                        break
+            if self.timed_out and not self.stopped:
+                self._pause()
+            if not self.stopped:
+                self._read_holdout()
+        finally:
+            for observer in self.observers:
+                observer.ended(self)
+
+    @property
+    def stopped(self) -> bool:
+        return self._should_stop()
+
+    @property
+    def timed_out(self) -> bool:
+        limit = self.recipe.search.timeout
+        return limit is not None and self._used_before + self.record.elapsed() >= limit
+
+    def hparams_of(self, trial: Trial) -> HParams:
+        """All hyperparameters of a trial: the fixed ones and its own."""
+        return {**self.fixed, **trial.hparams}
+
+    # -- planning --------------------------------------------------------------------------------------
+
+    def _plan_round(self) -> bool:
+        """Proposes and records the next trials; False when there are none left to propose."""
+        first = len(self.record.trials)
+        if self.total is not None and first >= self.total:
+            return False
+        number = first // self.round_size
+        end = (number + 1) * self.round_size
+        numbers = range(first, end if self.total is None else min(end, self.total))
+        search = self.recipe.search
+        threads = torch.get_num_threads()
+        points = samplers.suggest(
+            self.recipe.space, self.record.in_order(), numbers, round=number, kind=search.sampler,
+            objective=self.objective, seed=self.recipe.seed, start_with_defaults=search.start_with_defaults,
+        )  # fmt: skip
+        torch.set_num_threads(threads)  # Optuna's GP sampler changes it while it fits
+        events = []
+        for trial, point in zip(numbers, points, strict=True):
+            full = {**self.fixed, **point}
+            events.append(trial_event(trial, number, point, signature(full, self.trainer.dynamic)))
+        plan = [{"key": f"chunk-{trial}", "trials": [trial]} for trial in numbers]
+        events.append(Event(kind="plan", body={"round": number, "engine": "loop", "chunks": plan}))
+        self._commit(*events)
+        return True
+
+    def _open_chunks(self) -> list[Chunk]:
+        """The planned chunks that still have unfinished trials, in their recorded order."""
+        plan = self.record.last("plan")
+        if plan is None:
+            return []
+        chunks = [Chunk(key=c["key"], trials=tuple(c["trials"])) for c in plan.body["chunks"]]
+        return [c for c in chunks if any(not self.record.trials[n].state.is_finished for n in c.trials)]
+
+    # -- training --------------------------------------------------------------------------------------
+
+    def _train_chunk(self, chunk: Chunk) -> bool:
+        """Trains the chunk to its end; False if it was left half-way, its state saved."""
+        population = self._population(chunk)
+        if population is None:
+            return True
+        self._saved_at = time.monotonic()
+        while any(population.active):
+            boundary = (
+                min(epoch for epoch, on in zip(population.epoch, population.active, strict=True) if on) + 1
+            )
+            result = self.trainer.train(population, boundary, should_pause=self._should_pause)
+            events = [report_event(report) for report in result.reports if self._is_new(report)]
+            for trial, reason in result.failed.items():
+                events.append(finish_event(trial, TrialState.FAILED, reason))
+            done = self._finished(population)
+            events += self._finish(population, done, result.reports)
+            for i in done:
+                population.active[i] = False
+            leaving = self.stopped or self.timed_out
+            if any(population.active) and (leaving or self._save_due()):
+                events.append(self._save_state(chunk, population))
+            self._commit(*events)
+            self._drop_old_files(chunk, ended=not any(population.active))
+            if leaving and any(population.active):
+                return False
+        return not (self.stopped or self.timed_out)
+
+    def _should_pause(self) -> bool:
+        return self.stopped or self.timed_out or self._save_due()
+
+    def _save_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.recipe.run.checkpoint_every_seconds
+
+    def _population(self, chunk: Chunk) -> Population | None:
+        """The chunk's members from their newest good state, or new; None where no model can be built."""
+        values = [self.hparams_of(self.record.trials[n]) for n in chunk.trials]
+        try:
+            population = self.trainer.init(chunk.trials, values)
+        except InfeasibleError as error:
+            self._commit(*(finish_event(n, TrialState.INFEASIBLE, str(error)) for n in chunk.trials))
+            return None
+        except Exception:  # user code; its traceback is the reason
+            reason = traceback.format_exc(limit=-8)
+            self._commit(*(finish_event(n, TrialState.FAILED, reason) for n in chunk.trials))
+            return None
+        for file in reversed(self.record.state_files.get(chunk.key, [])[-_KEEP_STATES:]):
+            try:
+                population.restore(*checkpoint.load(self.dir.checkpoints / file.name, file.sha256))
+                break
+            except DamageError as error:
+                self._say(f"{error}; going back to the state before it")
+        return population
+
+    def _is_new(self, report: Report) -> bool:
+        """False for a report that is already recorded; a replay that differs from it is an error."""
+        recorded = self.record.report_at(report.trial, report.epoch)
+        if recorded is None:
+            return True
+        if dict(recorded.metrics) != dict(report.metrics):
+            name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
+            raise RunError(
+                f"trial {report.trial} did not repeat: {name} after epoch {report.epoch} was recorded as "
+                f"{recorded.metrics[name]!r} and is now {report.metrics.get(name)!r}. The environment changed (see "
+                "environment.json), or the task draws random numbers that are not torch's or NumPy-seeded; "
+                "nothing was overwritten"
+            )
+        return False
+
+    def _finished(self, population: Population) -> list[int]:
+        epochs = self.recipe.trainer.epochs
+        return [i for i in range(len(population)) if population.active[i] and population.epoch[i] >= epochs]
+
+    def _finish(
+        self, population: Population, members: Sequence[int], reports: Sequence[Report]
+    ) -> list[Event]:
+        """The events that complete these members; the best one's weights are written before they are named."""
+        events, best, best_weights = [], self.best, None
+        best_score = self.objective.score(best) if best is not None else None
+        best_trial = -1
+        for i in members:
+            number = population.trials[i]
+            weights = self.trainer.weights(population, i)
+            events.append(finish_event(number, TrialState.COMPLETE, "", checkpoint.weights_sha256(weights)))
+            score = next(
+                (r.metrics.get(self.objective.metric) for r in reversed(reports) if r.trial == number), None
+            )
+            if score is not None and (best_score is None or self.objective.better(score, best_score)):
+                best_score, best_weights, best_trial = score, weights, number
+        if best_weights is not None:
+            events.append(
+                self._write("best", f"best-{best_trial}.safetensors", best_weights, {"trial": best_trial})
+            )
+        return events
+
+    # -- state files -----------------------------------------------------------------------------------
+
+    def _save_state(self, chunk: Chunk, population: Population) -> Event:
+        self._saved_at = time.monotonic()
+        count = len(self.record.state_files.get(chunk.key, []))
+        tensors, meta = population.state()
+        return self._write(chunk.key, f"{chunk.key}-{count}.safetensors", tensors, meta)
+
+    def _write(self, key: str, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Event:
+        """Writes a state file; it counts once the event that names it is committed."""
+        try:
+            sha256 = checkpoint.save(self.dir.checkpoints / name, tensors, meta)
+        except OSError as error:
+            raise RunError(
+                f"{self.dir.checkpoints / name} could not be written ({error.strerror}). Everything recorded "
+                "before is intact: make room, then run the same command again"
+            ) from error
+        return state_event(StateFile(name=name, sha256=sha256, key=key, meta=meta))
+
+    def _needed_files(self) -> set[str]:
+        """The state files that going on may read."""
+        needed = {file.name for file in self.record.state_files.get("best", [])[-1:]}
+        for chunk in self._open_chunks():
+            needed |= {file.name for file in self.record.state_files.get(chunk.key, [])[-_KEEP_STATES:]}
+        return needed
+
+    def _drop_old_files(self, chunk: Chunk, *, ended: bool) -> None:
+        """Removes what a newer committed file replaces: only now, after the commit."""
+        states = self.record.state_files.get(chunk.key, [])
+        old = states if ended else states[:-_KEEP_STATES]
+        for file in (*old, *self.record.state_files.get("best", [])[:-1]):
+            (self.dir.checkpoints / file.name).unlink(missing_ok=True)
+
+    # -- ends ------------------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        """The time budget is used: what is not finished waits for a larger one."""
+        left = [
+            t.number
+            for t in self.record.in_order()
+            if not t.state.is_finished and t.state != TrialState.PAUSED
+        ]
+        if left:
+            self._commit(pause_event(left))
+        self._say("search.timeout is used up; go on with a larger one, e.g. search.timeout=2h")
+
+    def _read_holdout(self) -> None:
+        """Scores the chosen model on the hold-out rows: once, after the search, for nothing but the report."""
+        best, data = self.best, self.trainer.data
+        read = self.record.last("holdout")
+        if best is None or data.holdout is None or (read is not None and read.body["trial"] == best.number):
+            return
+        file = self.record.state_files["best"][-1]
+        weights, _ = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
+        model = self.trainer.load(self.hparams_of(best), best.number, weights)
+        metrics = {f"holdout/{k}": v for k, v in evaluate(self.task, model, data.holdout).items()}
+        self._commit(
+            Event(kind="holdout", body={"trial": best.number, "metrics": metrics, "rows": len(data.holdout)})
+        )
+
+    # -- telling ---------------------------------------------------------------------------------------
+
+    def _commit(self, *events: Event) -> None:
+        """Records the events, then brings what is derived from them up to date."""
+        if not events:
+            return
+        before = len(self.record.events)
+        self.record.append(*events)
+        for event in events:
+            if event.kind == "finish":
+                trial = self.record.trials[event.body["trial"]]
+                self.finished += 1
+                ranked = self.objective.ranked(
+                    [t for t in (self.best, trial) if t and t.state is TrialState.COMPLETE]
+                )
+                self.best = ranked[0] if ranked else None
+        for observer in self.observers:
+            observer.recorded(self, self.record.events[before:])
+
+    def _say(self, line: str) -> None:
+        for observer in self.observers:
+            observer.say(line)
+
+
+def best_of(record: Record, objective: Objective) -> Trial | None:
+    """The completed trial with the best score; the lower number where scores are equal."""
+    ranked = objective.ranked([t for t in record.in_order() if t.state is TrialState.COMPLETE])
+    return ranked[0] if ranked else None

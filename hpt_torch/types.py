@@ -1,0 +1,173 @@
+"""The words of the project: trials, reports, decisions, objectives and errors. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+HParamValue = bool | int | float | str | tuple[Any, ...]
+HParams = Mapping[str, HParamValue]
+
+
+class TrialState(StrEnum):
+    """Where a trial stands. The names are Optuna's, with two of our own."""
+
+    WAITING = "WAITING"  # planned, not yet begun
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"  # stopped by the run's time budget; goes on when the budget is extended
+    COMPLETE = "COMPLETE"
+    PRUNED = "PRUNED"
+    FAILED = "FAILED"  # diverged, or its code raised
+    INFEASIBLE = "INFEASIBLE"  # its hyperparameters allow no model
+
+    @property
+    def is_finished(self) -> bool:
+        return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.INFEASIBLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one member measured at a boundary."""
+
+    trial: int
+    epoch: int  # epochs trained so far, 1-based
+    metrics: Mapping[str, float]  # "valid/accuracy", "train/loss", …
+    seconds: float  # wall-clock of this epoch, evaluation included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point of the search space and what became of it. Read-only: the record makes new ones."""
+
+    number: int
+    round: int
+    hparams: HParams  # the searched values; `Result.hparams(trial)` adds the fixed ones
+    signature: str
+    state: TrialState = TrialState.WAITING
+    reports: tuple[Report, ...] = ()
+    reason: str = ""  # why it was pruned, failed or is infeasible; a traceback where code raised
+    weights_sha256: str = ""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of the last report: the ones that belong to the weights that were kept."""
+        return self.reports[-1].metrics if self.reports else {}
+
+    @property
+    def epoch(self) -> int:
+        return self.reports[-1].epoch if self.reports else 0
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        cells = "".join(
+            f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>"
+            for name, value in [*self.hparams.items(), *self.metrics.items()]
+        )
+        return f"<b>Trial {self.number}</b> {self.state.value}<table>{cells}</table>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is optimised: a metric's value at a trial's last report."""
+
+    metric: str
+    direction: Literal["maximize", "minimize"]
+
+    def score(self, trial: Trial) -> float | None:
+        """The trial's value, or None where it has none that is finite."""
+        value = trial.metrics.get(self.metric)
+        return value if value is not None and math.isfinite(value) else None
+
+    def better(self, a: float, b: float) -> bool:
+        return a > b if self.direction == "maximize" else a < b
+
+    def ranked(self, trials: list[Trial]) -> list[Trial]:
+        """Best first; only trials that have a score; ties go to the lower number."""
+        scored = [(score, trial) for trial in trials if (score := self.score(trial)) is not None]
+        sign = -1.0 if self.direction == "maximize" else 1.0
+        return [trial for _, trial in sorted(scored, key=lambda pair: (sign * pair[0], pair[1].number))]
+
+
+# -- decisions: what a scheduler may say at a boundary -------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """End the trial early; it keeps its last report."""
+
+    trial: int
+    reason: str
+
+
+Decision = Stop  # Continue is saying nothing; Exploit, Pause and Resume join with their schedulers
+
+
+# -- errors --------------------------------------------------------------------------------------------
+
+
+class HptError(Exception):
+    """Every error that hpt_torch raises on purpose. The message says rule, value and remedy."""
+
+
+class UserInputError(HptError, ValueError):
+    """Something the user gave is wrong; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe or a call: which field, and what about it."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class RecipeError(UserInputError):
+    """All the problems of a recipe (or of the arguments of `tune`), shown at once."""
+
+    def __init__(self, source: str, problems: list[Problem]) -> None:
+        self.source, self.problems = source, tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+
+
+class SpaceError(UserInputError):
+    """A dimension of the search space that cannot be."""
+
+
+class TaskError(UserInputError):
+    """A task, model or data set that cannot be used as given."""
+
+
+class InfeasibleError(HptError):
+    """These hyperparameters allow no model. Raised by `build_model`; the trial ends INFEASIBLE."""
+
+
+class RunError(HptError):
+    """A run directory that cannot be used as asked."""
+
+
+class RunLockedError(RunError):
+    """Another process is writing this run."""
+
+
+class RunMismatchError(RunError):
+    """The run directory belongs to a different recipe."""
+
+
+class DamageError(RunError):
+    """The record or a state file is not what was written."""
+
+
+@dataclass
+class Interrupted(BaseException):
+    """The run was asked to stop and has saved its state. Not an error of the user's code."""
+
+    signal: int
+    message: str = field(default="")

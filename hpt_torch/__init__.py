@@ -35,14 +35,39 @@ _HOMES = {
     "result": ("Result",),
     "space": ("Choice", "Float", "Int"),
     "task": ("Classification", "Task"),
-    "types": ("HptError", "InfeasibleError", "Objective", "RecipeError", "Report", "RunError", "Trial", "TrialState"),
-}  # fmt: skip
+    "types": (
+        "HptError",
+        "InfeasibleError",
+        "Objective",
+        "RecipeError",
+        "Report",
+        "RunError",
+        "Trial",
+        "TrialState",
+    ),
+}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Choice", "Classification", "Data", "Float", "HptError", "InfeasibleError", "Int", "Objective", "RecipeError",
-    "Report", "Result", "Rows", "RunError", "Task", "Trial", "TrialState", "split", "tune",
-]  # fmt: skip
+    "Choice",
+    "Classification",
+    "Data",
+    "Float",
+    "HptError",
+    "InfeasibleError",
+    "Int",
+    "Objective",
+    "RecipeError",
+    "Report",
+    "Result",
+    "Rows",
+    "RunError",
+    "Task",
+    "Trial",
+    "TrialState",
+    "split",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

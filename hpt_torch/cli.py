@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from hpt_torch.session import Checked
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Hyperparameter tuning for PyTorch. A run that was stopped or killed goes on with the same command.",
-)  # fmt: skip
+)
 _RECIPE = Annotated[str, typer.Argument(help="a recipe file, or the name of one that `hpt list` shows")]
 _OVERRIDES = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as search.trials=20, seed=1, or lr=0.01 to fix it")
-]  # fmt: skip
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="such as search.trials=20, seed=1, or lr=0.01 to fix it"),
+]
 _ALLOW = Annotated[
     list[str] | None, typer.Option(help="a module that the recipe may import (for module:factory)")
-]  # fmt: skip
+]
 
 
 @app.command()
@@ -172,10 +176,14 @@ def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checke
         sys.path.insert(0, "")  # modules beside the recipe's user, as with python -m
     try:
         made = task.from_names(
-            kind=recipe.task.kind, model=recipe.task.model, data=recipe.task.data,
-            valid_fraction=recipe.task.valid_fraction, holdout_fraction=recipe.task.holdout_fraction,
-            seed=recipe.seed, allow_import=allow_import,
-        )  # fmt: skip
+            kind=recipe.task.kind,
+            model=recipe.task.model,
+            data=recipe.task.data,
+            valid_fraction=recipe.task.valid_fraction,
+            holdout_fraction=recipe.task.holdout_fraction,
+            seed=recipe.seed,
+            allow_import=allow_import,
+        )
     except TaskError as error:
         where, _, what = str(error).partition(": ")
         raise RecipeError(str(path), [Problem(where, what)]) from error

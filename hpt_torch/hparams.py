@@ -87,7 +87,7 @@ TRAINING: tuple[HParamSpec, ...] = (
     _spec("lr", "float", 1e-3, low=0, open_low=True, dynamic=True, log=True, doc="learning rate"),
     _spec("batch_size", "int", 64, low=1, doc="samples an optimizer step; above the train rows: full batch"),
     _spec("weight_decay", "float", 0.0, low=0, dynamic=True, log=True,
-          doc="as torch's optimizer of that name reads it: added to the gradient (sgd, adam), decoupled (adamw)"),
+          doc="as torch's optimizer of that name: in the gradient (sgd, adam), decoupled (adamw)"),
     _spec("momentum", "float", 0.9, low=0, high=1, open_high=True, dynamic=True, needs=_SGD, doc="sgd's"),
     _spec("nesterov", "bool", False, needs=_SGD, doc="sgd with Nesterov's momentum"),
     _spec("beta1", "float", 0.9, low=0, high=1, open_high=True, dynamic=True, needs=_ADAM,

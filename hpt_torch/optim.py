@@ -92,7 +92,7 @@ def _fused_kernel(name: str, device: torch.device) -> Any:
 def clip_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
     """Scales the gradients in place so that their common 2-norm is at most `max_norm`; returns the norm
     before, shape (). As ``torch.nn.utils.clip_grad_norm_``."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
     if math.isfinite(max_norm):
         torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -41,14 +41,24 @@ DIMENSION_SCHEMA: dict[str, Any] = {
     "oneOf": [
         {"type": "object", "additionalProperties": False, "required": [kind], "properties": properties}
         for kind, properties in {
-            "float": {"float": _NUMBERS | {"items": {"type": "number"}}, "log": {"type": "boolean"},
-                      "step": {"type": "number"}, "default": {"type": "number"}, "when": _WHEN},
-            "int": {"int": _NUMBERS | {"items": {"type": "integer"}}, "log": {"type": "boolean"},
-                    "step": {"type": "integer"}, "default": {"type": "integer"}, "when": _WHEN},
+            "float": {
+                "float": _NUMBERS | {"items": {"type": "number"}},
+                "log": {"type": "boolean"},
+                "step": {"type": "number"},
+                "default": {"type": "number"},
+                "when": _WHEN,
+            },
+            "int": {
+                "int": _NUMBERS | {"items": {"type": "integer"}},
+                "log": {"type": "boolean"},
+                "step": {"type": "integer"},
+                "default": {"type": "integer"},
+                "when": _WHEN,
+            },
             "choice": {"choice": {"type": "array", "minItems": 1}, "default": {}, "when": _WHEN},
         }.items()
     ]
-}  # fmt: skip
+}
 
 
 def parse_duration(raw: Any) -> float:
@@ -87,17 +97,21 @@ class Section(BaseModel):
 class TaskSection(Section):
     """What is trained."""
 
-    kind: str = Field("classification", max_length=200, description="classification, or module:factory")
-    model: str = Field("mlp", max_length=200, description="mlp, or module:factory of an nn.Module")
-    data: str = Field("digits", max_length=200, description="digits, or module:factory of a Data")
-    valid_fraction: Fraction = Field(0.2, description="share of all rows that scores trials")
-    holdout_fraction: Fraction = Field(0.2, description="share of all rows that is read once, at the end")
+    kind: str = Field(
+        default="classification", max_length=200, description="classification, or module:factory"
+    )
+    model: str = Field(default="mlp", max_length=200, description="mlp, or module:factory of an nn.Module")
+    data: str = Field(default="digits", max_length=200, description="digits, or module:factory of a Data")
+    valid_fraction: Fraction = Field(default=0.2, description="share of all rows that scores trials")
+    holdout_fraction: Fraction = Field(
+        default=0.2, description="share of all rows that is read once, at the end"
+    )
 
 
 class ObjectiveSection(Section):
     """What is optimised; both are the task's own unless given."""
 
-    metric: str | None = Field(None, max_length=100, description='such as "valid/accuracy"')
+    metric: str | None = Field(default=None, max_length=100, description='such as "valid/accuracy"')
     direction: Literal["maximize", "minimize"] | None = None
 
 
@@ -106,14 +120,25 @@ class SearchSection(Section):
 
     sampler: SamplerName = "tpe"
     trials: int | None = Field(
-        None, ge=1, le=1_000_000, strict=True, description="over all resumes; grid: every point unless given"
+        default=None,
+        ge=1,
+        le=1_000_000,
+        strict=True,
+        description="over all resumes; grid: every point unless given",
     )
-    timeout: Duration | None = Field(None, description='wall-clock over all resumes: "90s", "30m", "2h"')
+    timeout: Duration | None = Field(
+        default=None, description='wall-clock over all resumes: "90s", "30m", "2h"'
+    )
     round_size: int | None = Field(
-        None, ge=1, le=10_000, strict=True,
+        default=None,
+        ge=1,
+        le=10_000,
+        strict=True,
         description="trials proposed together; unless given: tpe 10, gp 5, random and grid 64",
-    )  # fmt: skip
-    start_with_defaults: bool = Field(True, description="trial 0 is the declared defaults (not for grid)")
+    )
+    start_with_defaults: bool = Field(
+        default=True, description="trial 0 is the declared defaults (not for grid)"
+    )
 
 
 class TrainerSection(Section):
@@ -121,21 +146,23 @@ class TrainerSection(Section):
 
     epochs: Epochs = 10
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps"
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps"
     )
     engine: Literal["auto", "loop"] = "auto"
     threads: int | None = Field(
-        None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
+        default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
     )
     dtype: Literal["float32", "float64"] = "float32"
-    deterministic: bool = Field(True, description="refuse kernels that do not repeat bit for bit (CUDA)")
+    deterministic: bool = Field(
+        default=True, description="refuse kernels that do not repeat bit for bit (CUDA)"
+    )
 
 
 class RunSection(Section):
     """Where and how the run is kept; none of it changes a result."""
 
     checkpoint_every_seconds: float = Field(
-        30.0, ge=0, le=1e6, description="at most so much training is repeated"
+        default=30.0, ge=0, le=1e6, description="at most so much training is repeated"
     )
     tensorboard: bool = True
 
@@ -143,8 +170,8 @@ class RunSection(Section):
 class Recipe(Section):
     """Everything a run needs. Frozen; unknown keys are refused."""
 
-    name: str = Field("tune", pattern=NAME, description="names the run directory")
-    seed: int = Field(0, ge=0, le=2**63 - 1, strict=True)
+    name: str = Field(default="tune", pattern=NAME, description="names the run directory")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, strict=True)
     task: TaskSection = TaskSection()
     hparams: dict[str, Any] = Field(default_factory=dict, description="fixed hyperparameters")
     space: dict[str, DimensionField] = Field(default_factory=dict, description="searched hyperparameters")
@@ -264,9 +291,13 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
             possible = _possible(parent, recipe, specs)
             if not set(possible) & set(allowed):
                 table = "space" if name in recipe.space else "hparams"
-                problems.append(Problem(
-                    f"{table}.{name}", f"is read only where {parent} is {' or '.join(map(str, allowed))}, but "
-                    f"{parent} is {', '.join(map(str, possible))}; leave it out"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"{table}.{name}",
+                        f"is read only where {parent} is {' or '.join(map(str, allowed))}, but "
+                        f"{parent} is {', '.join(map(str, possible))}; leave it out",
+                    )
+                )
     return problems
 
 
@@ -409,7 +440,7 @@ def schema() -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """``field: old -> new`` for every field in which two recipes (as plain data) would give different results."""
+    """``field: old -> new`` for every field in which two recipes (plain data) would give other results."""
     lines = []
     flat_old, flat_new = _flatten(old), _flatten(new)
     for key in sorted(set(flat_old) | set(flat_new)):

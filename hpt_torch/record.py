@@ -8,6 +8,7 @@ people with a SQL prompt; the code does not read them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -75,7 +76,7 @@ class Record:
     """A run's events and what follows from them. Use as a context manager; `append` is the one writer."""
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
-        self.path = path
+        self.path, self._readonly = path, readonly
         self.head = _FIRST_HASH
         self._opened = time.monotonic()
         self.events: list[Event] = []
@@ -103,6 +104,11 @@ class Record:
         self.close()
 
     def close(self) -> None:
+        if not self._readonly:
+            # A closed run is one file: without the WAL's two companions it can be copied and read anywhere.
+            # Where somebody is reading just now, it stays as it is.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
 
     # -- writing ---------------------------------------------------------------------------------------

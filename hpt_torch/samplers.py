@@ -43,7 +43,7 @@ def suggest(
     if kind == "grid":
         points = list(spaces.grid(space))
         order = generator(seed, "grid").permutation(len(points))
-        return [points[order[number]] for number in numbers]
+        return [dict(points[order[number]]) for number in numbers]
     seen: list[Trial] = []
     if kind != "random":
         seen = [trial for trial in history if trial.round < round]
@@ -53,7 +53,7 @@ def suggest(
             if trial.round == round
         ]
     study = make_study(space, seen, objective, impute=kind == "gp")
-    asked = []
+    asked: list[HParams] = []
     for number in numbers:
         study.sampler = _make_sampler(kind, derive_seed(seed, "sampler", number, bits=32))
         fixed = spaces.defaults(space) if number == 0 and start_with_defaults else {}
@@ -83,10 +83,10 @@ def _ask(study: Any, space: Space, fixed: Mapping[str, HParamValue]) -> dict[str
     import optuna
 
     if fixed:
-        study.sampler = optuna.samplers.PartialFixedSampler(
-            {n: spaces.encode(v) if isinstance(space[n], spaces.Choice) else v for n, v in fixed.items()},
-            study.sampler,
-        )
+        values = {n: spaces.encode(v) if isinstance(space[n], spaces.Choice) else v for n, v in fixed.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.sampler = optuna.samplers.PartialFixedSampler(values, study.sampler)
     if all(dimension.when is None for dimension in space.values()):
         trial = study.ask({name: d.distribution(name) for name, d in space.items()})
         return {name: spaces.decode(d, trial.params[name]) for name, d in space.items()}
@@ -145,17 +145,24 @@ def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, i
                 state=state,
                 value=score if state == optuna.trial.TrialState.COMPLETE else None,
                 params={
-                    name: spaces.encode(trial.hparams[name]) if isinstance(d, spaces.Choice) else trial.hparams[name]
+                    name: spaces.encode(trial.hparams[name])
+                    if isinstance(d, spaces.Choice)
+                    else trial.hparams[name]
                     for name, d in active.items()
                 },
                 distributions={name: d.distribution(name) for name, d in active.items()},
-                intermediate_values={} if dead else {
+                intermediate_values={}
+                if dead
+                else {
                     report.epoch: report.metrics[objective.metric]
                     for report in trial.reports
                     if objective.metric in report.metrics
                 },
-                user_attrs={"hpt_torch/number": trial.number, **({"reason": trial.reason} if trial.reason else {})},
+                user_attrs={
+                    "hpt_torch/number": trial.number,
+                    **({"reason": trial.reason} if trial.reason else {}),
+                },
             )
-        )  # fmt: skip
+        )
     study.add_trials(frozen)
     return study

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from hpt_torch import __version__, recipe as recipes
+from hpt_torch import __version__
+from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.recipe import Recipe
@@ -151,10 +152,16 @@ def run(
         )
         with _stop_signals(observers) as received:
             tuner = Tuner(
-                recipe=checked.recipe, hparams=checked.hparams, task=checked.task, objective=checked.objective,
-                directory=directory, record=record, trainer=trainer, observers=observers,
+                recipe=checked.recipe,
+                hparams=checked.hparams,
+                task=checked.task,
+                objective=checked.objective,
+                directory=directory,
+                record=record,
+                trainer=trainer,
+                observers=observers,
                 should_stop=lambda: bool(received),
-            )  # fmt: skip
+            )
             tuner.run()
         if received:
             raise Interrupted(received[0], f"stopped; everything is saved in {path}")
@@ -218,8 +225,8 @@ def _check_continues(
                 k for k in {**old["code"], **wanted["code"]} if old["code"].get(k) != wanted["code"].get(k)
             )
             raise RunMismatchError(
-                f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials before and "
-                "after would not be comparable: use another run directory, or --accept-changed-code "
+                f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials before "
+                "and after would not be comparable: use another run directory, or --accept-changed-code "
                 "(accept_changed_code=True) to go on all the same"
             )
         sessions = record.of_kind("session")
@@ -233,8 +240,8 @@ def _check_continues(
                 f"search.{k} = {v}" for k, v in sessions[-1].body["budget"].items() if v is not None
             )
             raise RunMismatchError(
-                f"{directory.path} is finished ({before or 'one trial'}) and its hold-out rows were read. Searching on and reading them "
-                "again makes that figure less honest: --reopen-holdout (reopen_holdout=True) does so, and the "
+                f"{directory.path} is finished ({before or 'one trial'}) and its hold-out rows were read. "
+                "Searching on and reading them again makes that figure less honest: --reopen-holdout (reopen_holdout=True) does so, and the "
                 "report counts the readings"
             )
 

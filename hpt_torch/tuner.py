@@ -149,9 +149,15 @@ class Tuner:
         search = self.recipe.search
         threads = torch.get_num_threads()
         points = samplers.suggest(
-            self.recipe.space, self.record.in_order(), numbers, round=number, kind=search.sampler,
-            objective=self.objective, seed=self.recipe.seed, start_with_defaults=search.start_with_defaults,
-        )  # fmt: skip
+            self.recipe.space,
+            self.record.in_order(),
+            numbers,
+            round=number,
+            kind=search.sampler,
+            objective=self.objective,
+            seed=self.recipe.seed,
+            start_with_defaults=search.start_with_defaults,
+        )
         torch.set_num_threads(threads)  # Optuna's GP sampler changes it while it fits
         events = []
         for trial, point in zip(numbers, points, strict=True):
@@ -234,8 +240,8 @@ class Tuner:
             name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
             raise RunError(
                 f"trial {report.trial} did not repeat: {name} after epoch {report.epoch} was recorded as "
-                f"{recorded.metrics[name]!r} and is now {report.metrics.get(name)!r}. The environment changed (see "
-                "environment.json), or the task draws random numbers that are not torch's or NumPy-seeded; "
+                f"{recorded.metrics[name]!r} and is now {report.metrics.get(name)!r}. The environment changed "
+                "(see environment.json), or the task draws random numbers that are not torch's or NumPy-seeded; "
                 "nothing was overwritten"
             )
         return False
@@ -247,7 +253,7 @@ class Tuner:
     def _finish(
         self, population: Population, members: Sequence[int], reports: Sequence[Report]
     ) -> list[Event]:
-        """The events that complete these members; the best one's weights are written before they are named."""
+        """The events that complete these members; the best one's weights are written before that."""
         events, best, best_weights = [], self.best, None
         best_score = self.objective.score(best) if best is not None else None
         best_trial = -1
@@ -313,7 +319,7 @@ class Tuner:
         self._say("search.timeout is used up; go on with a larger one, e.g. search.timeout=2h")
 
     def _read_holdout(self) -> None:
-        """Scores the chosen model on the hold-out rows: once, after the search, for nothing but the report."""
+        """Scores the chosen model on the hold-out rows: once, after the search, only to report it."""
         best, data = self.best, self.trainer.data
         read = self.record.last("holdout")
         if best is None or data.holdout is None or (read is not None and read.body["trial"] == best.number):

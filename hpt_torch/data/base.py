@@ -135,14 +135,14 @@ def split(
     if standardise:
         x = _standardise(x, rest)
 
-    def rows(index: np.ndarray) -> Rows:
+    def part_of(index: np.ndarray) -> Rows:
         chosen = torch.from_numpy(np.sort(index))
         return Rows({"inputs": x[chosen], "targets": y[chosen]})
 
     return Data(
-        train=rows(rest),
-        valid=rows(parts["valid"]),
-        holdout=rows(parts["holdout"]) if "holdout" in parts else None,
+        train=part_of(rest),
+        valid=part_of(parts["valid"]),
+        holdout=part_of(parts["holdout"]) if "holdout" in parts else None,
         out_features=int(y.max()) + 1 if classes else max(1, int(np.prod(y.shape[1:]))),
         name=name,
     )

@@ -136,7 +136,7 @@ def init_weights(model: nn.Module, scheme: str) -> None:
     """`default` leaves torch's own; the others fill every weight of two or more dimensions, biases with 0."""
     if scheme == "default":
         return
-    fill = {
+    fill: dict[str, Callable[[Tensor], Tensor]] = {
         "kaiming": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"),
         "xavier": nn.init.xavier_uniform_,
         "orthogonal": lambda w: nn.init.orthogonal_(w, gain=math.sqrt(2)),

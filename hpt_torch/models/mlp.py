@@ -54,4 +54,5 @@ class MLP(nn.Module):
         init_weights(self, init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        y: Tensor = self.layers(x)
+        return y

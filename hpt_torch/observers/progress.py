@@ -78,7 +78,9 @@ class ProgressObserver:
             self._live = None
 
     def say(self, line: str) -> None:
-        (self._live.console if self._live is not None else self.console).print(escape(line), highlight=False)
+        (self._live.console if self._live is not None else self.console).print(
+            escape(line), highlight=False, soft_wrap=True
+        )
 
     def _rate(self, tuner: Tuner) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)

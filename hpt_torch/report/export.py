@@ -27,12 +27,17 @@ def trials_csv(summary: Summary) -> str:
     for trial in summary.trials:
         reason = trial.reason.strip().splitlines()[-1] if trial.reason.strip() else ""
         seconds = round(sum(report.seconds for report in trial.reports), 4)
-        writer.writerow([
-            trial.number, trial.state.value,
-            *(_cell(trial.hparams.get(name)) for name in hparams),
-            *(trial.metrics.get(name, "") for name in metrics),
-            trial.epoch, seconds, _cell(reason),
-        ])  # fmt: skip
+        writer.writerow(
+            [
+                trial.number,
+                trial.state.value,
+                *(_cell(trial.hparams.get(name)) for name in hparams),
+                *(trial.metrics.get(name, "") for name in metrics),
+                trial.epoch,
+                seconds,
+                _cell(reason),
+            ]
+        )
     return text.getvalue()
 
 

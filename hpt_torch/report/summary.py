@@ -1,4 +1,4 @@
-"""What a run has found, as plain data: the base of the terminal report, `--json`, `--canonical` and the API."""
+"""What a run has found, as plain data: the base of every view of it, and of the Python API."""
 
 from __future__ import annotations
 
@@ -67,17 +67,23 @@ def summarise(record: Record) -> Summary:
     ranked = objective.ranked([t for t in record.in_order() if t.state is TrialState.COMPLETE])
     sessions, readings = record.of_kind("session"), record.of_kind("holdout")
     best = ranked[0] if ranked else None
-    reading = readings[-1].body if readings else {"metrics": {}, "rows": 0, "trial": -1}
+    reading: Mapping[str, Any] = readings[-1].body if readings else {"metrics": {}, "rows": 0, "trial": -1}
     current = best is not None and reading["trial"] == best.number
     return Summary(
-        name=recipe["name"], objective=objective,
+        name=recipe["name"],
+        objective=objective,
         space={name: parse_dimension(raw) for name, raw in recipe["space"].items()},
-        fixed=recipe["hparams"], trials=record.in_order(), best=best,
-        holdout=reading["metrics"] if current else {}, holdout_rows=reading["rows"], holdout_reads=len(readings),
-        seconds=record.seconds_used(), sessions=len(sessions),
+        fixed=recipe["hparams"],
+        trials=record.in_order(),
+        best=best,
+        holdout=reading["metrics"] if current else {},
+        holdout_rows=reading["rows"],
+        holdout_reads=len(readings),
+        seconds=record.seconds_used(),
+        sessions=len(sessions),
         planned=sessions[-1].body["budget"]["trials"] if sessions else None,
         environment=sessions[-1].body if sessions else {},
-    )  # fmt: skip
+    )
 
 
 def as_dict(summary: Summary) -> dict[str, Any]:
@@ -86,20 +92,32 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     return {
         "name": summary.name,
         "objective": {"metric": summary.objective.metric, "direction": summary.objective.direction},
-        "best": None if best is None else {
-            "number": best.number, "hparams": _plain(best.hparams), "metrics": dict(best.metrics),
+        "best": None
+        if best is None
+        else {
+            "number": best.number,
+            "hparams": _plain(best.hparams),
+            "metrics": dict(best.metrics),
             "all_hparams": _plain(summary.full_hparams(best)),
         },
-        "holdout": {"metrics": dict(summary.holdout), "rows": summary.holdout_rows, "reads": summary.holdout_reads},
+        "holdout": {
+            "metrics": dict(summary.holdout),
+            "rows": summary.holdout_rows,
+            "reads": summary.holdout_reads,
+        },
         "gap": summary.gap,
         "states": summary.states,
         "seconds": summary.seconds,
         "trials": [
-            {**_trial(trial), "round": trial.round, "reason": trial.reason,
-             "seconds": sum(report.seconds for report in trial.reports)}
+            {
+                **_trial(trial),
+                "round": trial.round,
+                "reason": trial.reason,
+                "seconds": sum(report.seconds for report in trial.reports),
+            }
             for trial in summary.trials
         ],
-    }  # fmt: skip
+    }
 
 
 def canonical(summary: Summary) -> str:
@@ -107,24 +125,36 @@ def canonical(summary: Summary) -> str:
     best = summary.best
     data = {
         "objective": {"metric": summary.objective.metric, "direction": summary.objective.direction},
-        "best": None if best is None else {
-            "number": best.number, "hparams": _plain(best.hparams), "metrics": dict(best.metrics),
+        "best": None
+        if best is None
+        else {
+            "number": best.number,
+            "hparams": _plain(best.hparams),
+            "metrics": dict(best.metrics),
         },
         "holdout": {"metrics": dict(summary.holdout), "rows": summary.holdout_rows},
         "trials": [
-            {**_trial(trial), "round": trial.round, "signature": trial.signature,
-             "reports": [{"epoch": r.epoch, "metrics": dict(r.metrics)} for r in trial.reports]}
+            {
+                **_trial(trial),
+                "round": trial.round,
+                "signature": trial.signature,
+                "reports": [{"epoch": r.epoch, "metrics": dict(r.metrics)} for r in trial.reports],
+            }
             for trial in summary.trials
         ],
-    }  # fmt: skip
+    }
     return json.dumps(_hex(data), sort_keys=True, indent=1) + "\n"
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
     return {
-        "number": trial.number, "state": trial.state.value, "hparams": _plain(trial.hparams),
-        "metrics": dict(trial.metrics), "epoch": trial.epoch, "weights_sha256": trial.weights_sha256,
-    }  # fmt: skip
+        "number": trial.number,
+        "state": trial.state.value,
+        "hparams": _plain(trial.hparams),
+        "metrics": dict(trial.metrics),
+        "epoch": trial.epoch,
+        "weights_sha256": trial.weights_sha256,
+    }
 
 
 def _plain(hparams: HParams) -> dict[str, Any]:

@@ -30,15 +30,20 @@ def show_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def render(summary: Summary) -> RenderableType:
+def render(summary: Summary, width: int = 100) -> RenderableType:
     """The answer first: the best trial and its figures, then the top ten, then what went wrong."""
     parts: list[RenderableType] = [*_answer(summary)]
     if summary.ranked:
-        parts.append(_table(summary, summary.ranked[:TOP]))
+        parts.append(_table(summary, summary.ranked[:TOP], width))
     failed = [t for t in summary.trials if t.reason]
     if failed:
-        parts.append(Text(f"{len(failed)} trials ended badly; the first, trial {failed[0].number}: "
-                          f"{failed[0].reason.strip().splitlines()[-1]}", style="yellow"))  # fmt: skip
+        parts.append(
+            Text(
+                f"{len(failed)} trials ended badly; the first, trial {failed[0].number}: "
+                f"{failed[0].reason.strip().splitlines()[-1]}",
+                style="yellow",
+            )
+        )
     return Group(*parts)
 
 
@@ -71,19 +76,33 @@ def _answer(summary: Summary) -> list[Text]:
     return lines
 
 
-def _table(summary: Summary, trials: list[Trial]) -> Table:
-    metric = summary.objective.metric
-    names = list(summary.space)
+def _table(summary: Summary, trials: list[Trial], width: int) -> Table:
+    """A column a hyperparameter where they fit, else one column with all of them."""
+    metric, names = summary.objective.metric, list(summary.space)
+    cells = [[show_value(t.hparams[n]) if n in t.hparams else "–" for n in names] for t in trials]
+    widths = [max(len(text) for text in column) for column in zip(names, *cells, strict=True)]
+    wide = sum(widths) + 3 * len(names) + len(metric) + 30 <= width
     table = Table(title=f"Top {len(trials)} of {len(summary.ranked)} complete trials", title_justify="left")
-    for label in ("trial", metric, *names, "epochs", "seconds"):
-        table.add_column(label, justify="right", overflow="fold")
-    for trial in trials:
+    table.add_column("trial", justify="right")
+    table.add_column(metric, justify="right")
+    for label in names if wide else ["hyperparameters"]:
+        table.add_column(label, justify="right" if wide else "left", overflow="fold")
+    table.add_column("epochs", justify="right")
+    table.add_column("seconds", justify="right")
+    for trial, values in zip(trials, cells, strict=True):
         seconds = sum(report.seconds for report in trial.reports)
-        values = [show_value(trial.hparams[n]) if n in trial.hparams else "–" for n in names]
         score = summary.objective.score(trial)
-        table.add_row(str(trial.number), f"{score:.4f}", *values, str(trial.epoch), f"{seconds:.2f}")
+        joined = [", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))]
+        table.add_row(
+            str(trial.number),
+            f"{score:.4f}",
+            *(values if wide else joined),
+            str(trial.epoch),
+            f"{seconds:.2f}",
+        )
     return table
 
 
 def print_report(summary: Summary, console: Console | None = None) -> None:
-    (console or Console()).print(render(summary))
+    console = console or Console()
+    console.print(render(summary, console.width), highlight=False, soft_wrap=False)

@@ -43,7 +43,7 @@ class LoopTrainer:
     def build(self, hparams: HParams, trial: int) -> nn.Module:
         """The trial's untrained model on the device. Raises InfeasibleError where there is none."""
         model = base.build(self.task, hparams, trial, self.seed).to(self.device, self.dtype)
-        return model.to(memory_format=torch.channels_last) if self._channels_last else model  # type: ignore[call-overload,no-any-return]
+        return model.to(memory_format=torch.channels_last) if self._channels_last else model
 
     def init(self, trials: Sequence[int], hparams: Sequence[HParams]) -> Population:
         """A new population, each member with its own initial weights."""
@@ -59,10 +59,13 @@ class LoopTrainer:
             )
         zeros = torch.zeros(len(trials), dtype=torch.float64, device=self.device)
         return Population(
-            trials=list(trials), hparams=list(hparams), params=stack(params, self.device),
-            buffers=stack(buffers, self.device), slots=stack(slots, self.device),
+            trials=list(trials),
+            hparams=list(hparams),
+            params=stack(params, self.device),
+            buffers=stack(buffers, self.device),
+            slots=stack(slots, self.device),
             sums={name: zeros.clone() for name in ("loss", "grad_norm", "clipped")},
-        )  # fmt: skip
+        )
 
     def weights(self, population: Population, i: int) -> dict[str, Tensor]:
         """Member i's weights as its model's state_dict names them."""

@@ -191,14 +191,11 @@ def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checke
 
 
 def _trials(recipe: Recipe) -> str:
-    search = recipe.search
-    if search.trials is None and search.sampler == "grid":
-        from hpt_torch.samplers import grid_size
+    from hpt_torch.recipe import planned_trials
 
-        return f"{grid_size(recipe.space)} trials (the whole grid)"
-    count = 1 if search.trials is None and not recipe.space else search.trials
-    text = "as many trials as fit" if count is None else f"{count} trials"
-    return text if search.timeout is None else f"{text}, at most {search.timeout:g} s"
+    count, timeout = planned_trials(recipe), recipe.search.timeout
+    text = "as many trials as fit" if count is None else f"{count} trial{'s' if count != 1 else ''}"
+    return text if timeout is None else f"{text}, at most {timeout:g} s,"
 
 
 def _again() -> str:

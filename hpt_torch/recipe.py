@@ -6,10 +6,9 @@ remedy. Classes below this module get flat arguments, never a `Recipe`.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,10 +24,9 @@ from pydantic import (
 )
 
 from hpt_torch import space as spaces
-from hpt_torch.hparams import HParamSpec
-from hpt_torch.samplers import SamplerName
-from hpt_torch.space import Choice, Dimension
-from hpt_torch.types import Problem, RecipeError, SpaceError
+from hpt_torch.recipe_checks import cross_check, did_you_mean
+from hpt_torch.samplers import SamplerName, grid_size
+from hpt_torch.types import Problem, RecipeError
 
 MAX_BYTES = 1_000_000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -222,107 +220,19 @@ def build(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str)
     except RecursionError:
         problems.append(Problem("", "is nested too deeply"))
     if recipe is not None:
-        problems += _cross_check(recipe)
+        problems += cross_check(recipe)
     if problems or recipe is None:
         raise RecipeError(source, problems)
     return recipe
 
 
-def _cross_check(recipe: Recipe) -> list[Problem]:
-    problems = [Problem(p.where, p.what) for p in spaces.check_space(recipe.space)]
-    for name in recipe.hparams:
-        if name in recipe.space:
-            problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))
-    if recipe.search.sampler == "grid" and not problems:
-        try:
-            size = sum(1 for _ in spaces.grid(recipe.space))
-        except SpaceError as error:
-            problems.append(Problem("search.sampler", f"grid: {error}"))
-        else:
-            if recipe.search.trials is not None and recipe.search.trials > size:
-                problems.append(
-                    Problem(
-                        "search.trials",
-                        f"the grid has {size} points, got {recipe.search.trials}; leave it out",
-                    )
-                )
-    elif recipe.search.trials is None and recipe.space and recipe.search.timeout is None:
-        problems.append(
-            Problem("search.trials", "must be given (or search.timeout), so that the search ends")
-        )
-    if (recipe.objective.metric is None) != (recipe.objective.direction is None):
-        missing = "direction" if recipe.objective.direction is None else "metric"
-        problems.append(
-            Problem(f"objective.{missing}", "metric and direction are given together or not at all")
-        )
-    if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
-        problems.append(
-            Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
-        )
-    return problems
-
-
-def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Problem]:
-    """What is wrong between a recipe's hyperparameters and those that its task knows."""
-    problems: list[Problem] = []
-    for table, names in (("hparams", recipe.hparams), ("space", recipe.space)):
-        for name in names:
-            if name not in specs:
-                known = ", ".join(sorted(specs))
-                problems.append(
-                    Problem(
-                        f"{table}.{name}",
-                        f"is not a hyperparameter of this task{_did_you_mean(name, specs)}; it has: {known}",
-                    )
-                )
-    for name, spec in specs.items():
-        if spec.required and name not in recipe.hparams and name not in recipe.space:
-            problems.append(
-                Problem(f"hparams.{name}", "must be given here or searched in [space]: it has no default")
-            )
-    for name, value in recipe.hparams.items():
-        if name in specs and (what := specs[name].problem(value)):
-            problems.append(Problem(f"hparams.{name}", what))
-    for name, dimension in recipe.space.items():
-        if name in specs:
-            problems += _check_dimension(name, dimension, specs[name])
-    for name in (*recipe.hparams, *recipe.space):
-        for parent, allowed in (specs[name].needs or {}).items() if name in specs else ():
-            possible = _possible(parent, recipe, specs)
-            if not set(possible) & set(allowed):
-                table = "space" if name in recipe.space else "hparams"
-                problems.append(
-                    Problem(
-                        f"{table}.{name}",
-                        f"is read only where {parent} is {' or '.join(map(str, allowed))}, but "
-                        f"{parent} is {', '.join(map(str, possible))}; leave it out",
-                    )
-                )
-    return problems
-
-
-def _possible(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Any]:
-    if name in recipe.space:
-        return list(recipe.space[name].values() or ())
-    return [recipe.hparams.get(name, specs[name].default)]
-
-
-def _check_dimension(name: str, dimension: Dimension, spec: HParamSpec) -> Iterable[Problem]:
-    where = f"space.{name}"
-    if isinstance(dimension, Choice):
-        for option in dimension.options:
-            if what := spec.problem(option):
-                yield Problem(where, f"option {option!r} {what}")
-        return
-    if spec.type in ("bool", "str", "ints"):
-        yield Problem(where, f"{name} is not a number; use {{choice = [...]}}")
-        return
-    if spec.type == "int" and not isinstance(dimension, spaces.Int):
-        yield Problem(where, f"{name} is an integer; use {{int = [...]}} or {{choice = [...]}}")
-        return
-    for end in ("low", "high"):
-        if what := spec.problem(getattr(dimension, end)):
-            yield Problem(where, f"{end} {what}")
+def planned_trials(recipe: Recipe) -> int | None:
+    """How many trials the recipe asks for; None: as many as fit into its time."""
+    if recipe.search.trials is not None:
+        return recipe.search.trials
+    if not recipe.space:
+        return 1
+    return grid_size(recipe.space) if recipe.search.sampler == "grid" else None
 
 
 # -- overrides -----------------------------------------------------------------------------------------
@@ -376,11 +286,6 @@ def _toml_value(text: str) -> Any:
 # -- messages ------------------------------------------------------------------------------------------
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _problem(item: Any) -> Problem:
     """One of pydantic's errors in our form: field, rule, value, remedy."""
     location = [str(part) for part in item["loc"]]
@@ -391,7 +296,7 @@ def _problem(item: Any) -> Problem:
     match item["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
-            hint = _did_you_mean(location[-1], known)
+            hint = did_you_mean(location[-1], known)
             if not hint and (homes := _homes(location[-1])):
                 hint = f"; did you mean {homes[0]}?"
             return Problem(where, f"unknown field{hint or '; known: ' + ', '.join(sorted(known))}")

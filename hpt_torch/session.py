@@ -25,6 +25,7 @@ from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.recipe import Recipe
+from hpt_torch.recipe_checks import check_hparams
 from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.rundir import RunDir, environment
 from hpt_torch.space import freeze
@@ -58,7 +59,7 @@ class Checked:
 def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     """Fits the recipe to the task. Raises RecipeError with every problem found; writes nothing."""
     specs = task.hparam_specs()
-    problems = recipes.check_hparams(recipe, specs)
+    problems = check_hparams(recipe, specs)
     objective = task.objective
     if recipe.objective.metric is not None and recipe.objective.direction is not None:
         objective = Objective(metric=recipe.objective.metric, direction=recipe.objective.direction)
@@ -225,25 +226,25 @@ def _check_continues(
                 k for k in {**old["code"], **wanted["code"]} if old["code"].get(k) != wanted["code"].get(k)
             )
             raise RunMismatchError(
-                f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials before "
-                "and after would not be comparable: use another run directory, or --accept-changed-code "
-                "(accept_changed_code=True) to go on all the same"
+                f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials "
+                "before and after would not be comparable: use another run directory, or go on all the same "
+                "with --accept-changed-code (accept_changed_code=True)"
             )
-        sessions = record.of_kind("session")
-        if (
-            sessions
-            and record.last("holdout")
-            and sessions[-1].body["budget"] != _budget(checked.recipe)
-            and not reopen
-        ):
-            before = ", ".join(
-                f"search.{k} = {v}" for k, v in sessions[-1].body["budget"].items() if v is not None
-            )
+        if record.last("holdout") and not reopen and _has_more_work(record, checked.recipe):
             raise RunMismatchError(
-                f"{directory.path} is finished ({before or 'one trial'}) and its hold-out rows were read. "
-                "Searching on and reading them again makes that figure less honest: --reopen-holdout (reopen_holdout=True) does so, and the "
-                "report counts the readings"
+                f"{directory.path} is finished and its hold-out rows were read. Searching on and reading "
+                "them again makes that figure less honest: --reopen-holdout (reopen_holdout=True) does so, "
+                "and the report counts the readings"
             )
+
+
+def _has_more_work(record: Record, recipe: Recipe) -> bool:
+    """Whether the recipe's budgets would let this finished run train anything more."""
+    timeout, total = recipe.search.timeout, recipes.planned_trials(recipe)
+    if timeout is not None and record.seconds_used() >= timeout:
+        return False
+    unfinished = any(not trial.state.is_finished for trial in record.trials.values())
+    return unfinished or total is None or len(record.trials) < total
 
 
 # -- the machine ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from hpt_torch import checkpoint, samplers
 from hpt_torch.hparams import signature
 from hpt_torch.population import Population
-from hpt_torch.recipe import Recipe
+from hpt_torch.recipe import Recipe, planned_trials
 from hpt_torch.record import (
     Event,
     Record,
@@ -94,11 +94,7 @@ class Tuner:
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
-        self.total: int | None = search.trials
-        if search.trials is None and not recipe.space:
-            self.total = 1
-        elif search.trials is None and search.sampler == "grid":
-            self.total = samplers.grid_size(recipe.space)
+        self.total = planned_trials(recipe)
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -240,9 +236,9 @@ class Tuner:
             name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
             raise RunError(
                 f"trial {report.trial} did not repeat: {name} after epoch {report.epoch} was recorded as "
-                f"{recorded.metrics[name]!r} and is now {report.metrics.get(name)!r}. The environment changed "
-                "(see environment.json), or the task draws random numbers that are not torch's or NumPy-seeded; "
-                "nothing was overwritten"
+                f"{recorded.metrics[name]!r} and is now {report.metrics.get(name)!r}. The environment "
+                "changed (see environment.json), or the task draws random numbers that are not torch's. "
+                "Nothing was overwritten"
             )
         return False
 

@@ -10,7 +10,7 @@ belong to a trial's hyperparameters, not to its weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -151,3 +151,38 @@ def init_weights(model: nn.Module, scheme: str) -> None:
                 fill[scheme](parameter)
             elif "bias" in name:
                 parameter.zero_()
+
+
+def dense(
+    features: int,
+    size: int,
+    *,
+    activation: str,
+    batch_norm: bool,
+    batch_norm_momentum: float,
+    dropout: float,
+) -> list[nn.Module]:
+    """One hidden layer (B, features) -> (B, size): linear, batch norm (optional), activation, dropout.
+
+    A linear layer before a batch norm has no bias: its gradient would be rounding noise, which Adam turns
+    into full steps.
+    """
+    layers: list[nn.Module] = [nn.Linear(features, size, bias=not batch_norm)]
+    if batch_norm:
+        layers.append(BatchNorm(size, batch_norm_momentum))
+    check_choice("activation", activation, ACTIVATIONS)
+    return [*layers, ACTIVATIONS[activation](), Dropout(dropout)]
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
+
+def check_positive(**sizes: int | Sequence[int]) -> None:
+    """Raises ValueError if a size, or one of a sequence of sizes, is below 1."""
+    for name, value in sizes.items():
+        if any(size < 1 for size in (value if isinstance(value, Sequence) else [value])):
+            raise ValueError(f"{name} must be at least 1, got {value}")

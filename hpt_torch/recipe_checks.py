@@ -1,0 +1,121 @@
+"""What must hold between the fields of a recipe, and between a recipe and its task's hyperparameters.
+
+Each check returns every problem it finds; nothing is raised and nothing is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hpt_torch import space as spaces
+from hpt_torch.hparams import HParamSpec
+from hpt_torch.space import Choice, Dimension
+from hpt_torch.types import Problem, SpaceError
+
+if TYPE_CHECKING:
+    from hpt_torch.recipe import Recipe
+
+
+def cross_check(recipe: Recipe) -> list[Problem]:
+    """Fields that are each right but do not go together."""
+    problems = [Problem(p.where, p.what) for p in spaces.check_space(recipe.space)]
+    for name in recipe.hparams:
+        if name in recipe.space:
+            problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))
+    if recipe.search.sampler == "grid" and not problems:
+        try:
+            size = sum(1 for _ in spaces.grid(recipe.space))
+        except SpaceError as error:
+            problems.append(Problem("search.sampler", f"grid: {error}"))
+        else:
+            if recipe.search.trials is not None and recipe.search.trials > size:
+                problems.append(
+                    Problem(
+                        "search.trials",
+                        f"the grid has {size} points, got {recipe.search.trials}; leave it out",
+                    )
+                )
+    elif recipe.search.trials is None and recipe.space and recipe.search.timeout is None:
+        problems.append(
+            Problem("search.trials", "must be given (or search.timeout), so that the search ends")
+        )
+    if (recipe.objective.metric is None) != (recipe.objective.direction is None):
+        missing = "direction" if recipe.objective.direction is None else "metric"
+        problems.append(
+            Problem(f"objective.{missing}", "metric and direction are given together or not at all")
+        )
+    if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
+        problems.append(
+            Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
+        )
+    return problems
+
+
+def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Problem]:
+    """What is wrong between a recipe's hyperparameters and those that its task knows."""
+    problems: list[Problem] = []
+    for table, names in (("hparams", recipe.hparams), ("space", recipe.space)):
+        for name in names:
+            if name not in specs:
+                known = ", ".join(sorted(specs))
+                problems.append(
+                    Problem(
+                        f"{table}.{name}",
+                        f"is not a hyperparameter of this task{did_you_mean(name, specs)}; it has: {known}",
+                    )
+                )
+    for name, spec in specs.items():
+        if spec.required and name not in recipe.hparams and name not in recipe.space:
+            problems.append(
+                Problem(f"hparams.{name}", "must be given here or searched in [space]: it has no default")
+            )
+    for name, value in recipe.hparams.items():
+        if name in specs and (what := specs[name].problem(value)):
+            problems.append(Problem(f"hparams.{name}", what))
+    for name, dimension in recipe.space.items():
+        if name in specs:
+            problems += _check_dimension(name, dimension, specs[name])
+    for name in (*recipe.hparams, *recipe.space):
+        for parent, allowed in (specs[name].needs or {}).items() if name in specs else ():
+            possible = _possible(parent, recipe, specs)
+            if not set(possible) & set(allowed):
+                table = "space" if name in recipe.space else "hparams"
+                problems.append(
+                    Problem(
+                        f"{table}.{name}",
+                        f"is read only where {parent} is {' or '.join(map(str, allowed))}, but "
+                        f"{parent} is {', '.join(map(str, possible))}; leave it out",
+                    )
+                )
+    return problems
+
+
+def _possible(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Any]:
+    if name in recipe.space:
+        return list(recipe.space[name].values() or ())
+    return [recipe.hparams.get(name, specs[name].default)]
+
+
+def _check_dimension(name: str, dimension: Dimension, spec: HParamSpec) -> Iterable[Problem]:
+    where = f"space.{name}"
+    if isinstance(dimension, Choice):
+        for option in dimension.options:
+            if what := spec.problem(option):
+                yield Problem(where, f"option {option!r} {what}")
+        return
+    if spec.type in ("bool", "str", "ints"):
+        yield Problem(where, f"{name} is not a number; use {{choice = [...]}}")
+        return
+    if spec.type == "int" and not isinstance(dimension, spaces.Int):
+        yield Problem(where, f"{name} is an integer; use {{int = [...]}} or {{choice = [...]}}")
+        return
+    for end in ("low", "high"):
+        if what := spec.problem(getattr(dimension, end)):
+            yield Problem(where, f"{end} {what}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -61,6 +61,8 @@ def step_(
     if not params:
         return
     kernel = _fused_kernel(name, params[0].device)
+    if name == "sgd" and h["momentum"] == 0:
+        kernel = None  # the kernel would leave momentum_buffer behind, which a later momentum reads
     if kernel is None:
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             new, new_slots = update(name, param, grad, {key: slots[key][i] for key in slots}, float(step), h)

@@ -80,7 +80,7 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
     for name in (*recipe.hparams, *recipe.space):
         for parent, allowed in (specs[name].needs or {}).items() if name in specs else ():
             possible = _possible(parent, recipe, specs)
-            if not set(possible) & set(allowed):
+            if not is_read(name, recipe, specs):
                 table = "space" if name in recipe.space else "hparams"
                 problems.append(
                     Problem(
@@ -90,6 +90,12 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
                     )
                 )
     return problems
+
+
+def is_read(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> bool:
+    """Whether any trial of the recipe can have the values that this hyperparameter needs beside it."""
+    needs = specs[name].needs or {}
+    return all(set(_possible(parent, recipe, specs)) & set(allowed) for parent, allowed in needs.items())
 
 
 def _possible(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Any]:

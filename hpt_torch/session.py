@@ -25,7 +25,7 @@ from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.recipe import Recipe
-from hpt_torch.recipe_checks import check_hparams
+from hpt_torch.recipe_checks import check_hparams, is_read
 from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.rundir import RunDir, environment
 from hpt_torch.space import freeze
@@ -85,7 +85,7 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     if problems:
         raise RecipeError(source, problems)
     fixed = _fixed(recipe, specs)
-    filled = {name: value for name, value in fixed.items() if value is not None}
+    filled = {n: value for n, value in fixed.items() if value is not None and is_read(n, recipe, specs)}
     return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
 
 

@@ -1,0 +1,63 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpt_torch import recipe as recipes
+from hpt_torch import session, task
+from hpt_torch.record import Record
+from hpt_torch.report import canonical, summarise
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits_task() -> task.Task:
+    return task.from_names(
+        kind="classification", model="mlp", data="digits", valid_fraction=0.2, holdout_fraction=0.2, seed=0
+    )
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Two threads on a busy machine are slower than one for models this small, and less repeatable in time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+QUICK: dict[str, Any] = {
+    "hparams": {"hidden_sizes": [16], "batch_size": 256, "batch_norm": True},
+    "space": {
+        "lr": {"float": [1e-4, 1e-1], "default": 1e-3},
+        "dropout": {"float": [0.0, 0.5]},
+        "activation": {"choice": ["relu", "tanh"]},
+    },
+    "search": {"sampler": "random", "trials": 4, "round_size": 2},
+    "trainer": {"epochs": 2, "device": "cpu", "threads": 1},
+    "run": {"tensorboard": False},
+}
+
+
+@pytest.fixture
+def run_quick(digits_task: task.Task) -> Callable[..., str]:
+    """Runs a small search to its end and returns its canonical report."""
+
+    def run(path: Path, *overrides: str, raw: dict[str, Any] | None = None, **options: Any) -> str:
+        recipe = recipes.build(raw or QUICK, overrides, source="test")
+        session.run(session.check(recipe, options.pop("task", digits_task), source="test"), path, **options)
+        return canonical_of(path)
+
+    return run
+
+
+def canonical_of(path: Path) -> str:
+    with Record(path / "run.db", readonly=True) as record:
+        return canonical(summarise(record))

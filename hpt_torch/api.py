@@ -51,6 +51,8 @@ def tune(
     Raises RecipeError (a ValueError) for wrong arguments, before anything is written; RunMismatchError when
     `run_dir` belongs to other arguments. Ctrl-C saves and raises KeyboardInterrupt.
     """
+    if not isinstance(task, Task):
+        raise RecipeError("tune()", [Problem("task", f"must be a hpt_torch.Task, got {type(task).__name__}")])
     raw: dict[str, Any] = {
         "seed": seed,
         "task": {"kind": "python", "model": task.name, "data": "python"},
@@ -61,8 +63,6 @@ def tune(
         "trainer": {"epochs": epochs, "device": device},
         "run": {"tensorboard": tensorboard},
     }
-    if not isinstance(task, Task):
-        raise RecipeError("tune()", [Problem("task", f"must be a hpt_torch.Task, got {type(task).__name__}")])
     recipe = recipes.build(raw, source="tune()")
     checked = session.check(recipe, task, source="tune()")
     path = Path(run_dir) if run_dir is not None else session.run_dir_for(_default_name(checked))

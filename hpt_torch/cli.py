@@ -175,15 +175,7 @@ def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checke
     if allow_import and "" not in sys.path:
         sys.path.insert(0, "")  # modules beside the recipe's user, as with python -m
     try:
-        made = task.from_names(
-            kind=recipe.task.kind,
-            model=recipe.task.model,
-            data=recipe.task.data,
-            valid_fraction=recipe.task.valid_fraction,
-            holdout_fraction=recipe.task.holdout_fraction,
-            seed=recipe.seed,
-            allow_import=allow_import,
-        )
+        made = task.from_names(**recipe.task.model_dump(), seed=recipe.seed, allow_import=allow_import)
     except TaskError as error:
         where, _, what = str(error).partition(": ")
         raise RecipeError(str(path), [Problem(where, what)]) from error

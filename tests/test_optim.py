@@ -85,7 +85,12 @@ def test_update_maps_over_members_with_their_own_hyperparameters() -> None:
     )
     for i in range(3):
         alone, _ = optim.update(
-            "adam", param[i], grad[i], {k: v[i] for k, v in slots.items()}, step[i], {k: v[i] for k, v in h.items()}
+            "adam",
+            param[i],
+            grad[i],
+            {k: v[i] for k, v in slots.items()},
+            step[i],
+            {k: v[i] for k, v in h.items()},
         )
         torch.testing.assert_close(mapped[i], alone, rtol=0, atol=1e-14)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import ROOT, canonical_of
+
 from hpt_torch import checkpoint, recipe, session
 from hpt_torch.record import Record
 from hpt_torch.types import Interrupted, RunError, TrialState
@@ -33,9 +33,13 @@ class PowerSwitch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.after, self.count = -1, False, 0
         append, write = Record.append, checkpoint.write_atomic
-        monkeypatch.setattr(Record, "append", lambda record, *events: self._step(lambda: append(record, *events)))
+        monkeypatch.setattr(
+            Record, "append", lambda record, *events: self._step(lambda: append(record, *events))
+        )
         for module in (checkpoint, session):
-            monkeypatch.setattr(module, "write_atomic", lambda path, data: self._step(lambda: write(path, data)))
+            monkeypatch.setattr(
+                module, "write_atomic", lambda path, data: self._step(lambda: write(path, data))
+            )
 
     def arm(self, step: int, after: bool) -> None:
         self.left, self.after = step, after
@@ -75,7 +79,9 @@ def test_power_cut_at_every_durable_step(
             assert files[0].startswith("best-")
 
 
-def test_stopped_at_any_training_step_and_continued(tmp_path: Path, run_quick: RunQuick, digits_task: Any) -> None:
+def test_stopped_at_any_training_step_and_continued(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Any
+) -> None:
     """A graceful stop (what Ctrl-C asks for) after k polls, for many k, until the run is done."""
     expected = run_quick(tmp_path / "whole")
     for every in (1, 2, 5, 11):
@@ -237,7 +243,9 @@ def test_training_that_does_not_repeat_is_an_error_not_a_silent_mix(
         run_quick(tmp_path / "run", "trainer.epochs=9", "run.checkpoint_every_seconds=1e6")
 
 
-def test_an_extended_run_equals_one_that_was_longer_from_the_start(tmp_path: Path, run_quick: RunQuick) -> None:
+def test_an_extended_run_equals_one_that_was_longer_from_the_start(
+    tmp_path: Path, run_quick: RunQuick
+) -> None:
     """3 trials cut a round of 2 in half; 7 finish it and go on."""
     for sampler in ("random", "tpe"):
         longer = run_quick(tmp_path / f"long-{sampler}", "search.trials=7", f"search.sampler={sampler}")
@@ -259,7 +267,9 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path, run_quick: RunQuick) -
         assert [e.kind for e in record.events[count:]] == ["session", "session"]
 
 
-def test_the_same_recipe_file_of_a_run_gives_the_same_run(tmp_path: Path, run_quick: RunQuick, digits_task: Any) -> None:
+def test_the_same_recipe_file_of_a_run_gives_the_same_run(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Any
+) -> None:
     first = run_quick(tmp_path / "run")
     again = recipe.load(tmp_path / "run" / "recipe.toml")
     session.run(session.check(again, digits_task, source="again"), tmp_path / "again")

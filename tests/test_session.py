@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUICK, ROOT, canonical_of
 from torch import nn
 
-from conftest import QUICK, ROOT, canonical_of
 from hpt_torch import recipe, session
 from hpt_torch.record import Record
 from hpt_torch.rundir import RunDir
@@ -59,7 +59,9 @@ def test_one_writer_at_a_time(tmp_path: Path, run_quick: RunQuick) -> None:
         "import sys, time; from pathlib import Path; from hpt_torch.rundir import RunDir\n"
         "with RunDir(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
@@ -95,7 +97,9 @@ class Net(nn.Module):
             raise ValueError(f"width must be at most 100, got {width}")
         if width == 13:
             raise RuntimeError("unlucky")
-        self.layers = nn.Sequential(nn.Linear(input_shape[0], width), nn.ReLU(), nn.Linear(width, out_features))
+        self.layers = nn.Sequential(
+            nn.Linear(input_shape[0], width), nn.ReLU(), nn.Linear(width, out_features)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
@@ -227,7 +231,11 @@ def test_a_used_up_timeout_pauses_and_a_larger_one_goes_on(
 
 
 def test_device_and_dtype_are_checked(digits_task: Task) -> None:
-    for device, part in (("cuda", "has no CUDA device"), ("cuda:7", "no CUDA device"), ("mps", "no Apple GPU")):
+    for device, part in (
+        ("cuda", "has no CUDA device"),
+        ("cuda:7", "no CUDA device"),
+        ("mps", "no Apple GPU"),
+    ):
         if device != "mps" and torch.cuda.is_available():
             continue
         made = recipe.build(QUICK, [f"trainer.device={device}"], source="x")
@@ -235,7 +243,9 @@ def test_device_and_dtype_are_checked(digits_task: Task) -> None:
             session.check(made, digits_task, source="x")
 
 
-def test_infeasible_error_may_be_raised_by_a_task(tmp_path: Path, run_quick: RunQuick, digits_task: Classification) -> None:
+def test_infeasible_error_may_be_raised_by_a_task(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
     class Picky(Classification):
         def build_model(self, hparams: Mapping[str, Any]) -> nn.Module:
             if hparams["activation"] == "tanh":

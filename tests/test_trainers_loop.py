@@ -50,7 +50,9 @@ def _hparams(task: Task, **given: Any) -> dict[str, Any]:
 
 def _state(population: Population, i: int) -> str:
     groups = population.member(i)
-    return weights_sha256({f"{g}/{n}": t for g in ("params", "buffers", "slots") for n, t in groups[g].items()})
+    return weights_sha256(
+        {f"{g}/{n}": t for g in ("params", "buffers", "slots") for n, t in groups[g].items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,9 @@ def test_equals_a_plain_torch_loop(given: dict[str, Any]) -> None:
             optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(trainer.weights(population, 0)[name], value, rtol=1e-9, atol=1e-10)
-    accuracy = (model.eval()(trainer.data.valid.tensors["inputs"]).argmax(-1) == trainer.data.valid.tensors["targets"])
+    accuracy = (
+        model.eval()(trainer.data.valid.tensors["inputs"]).argmax(-1) == trainer.data.valid.tensors["targets"]
+    )
     last = result.reports[-1].metrics
     assert last["valid/accuracy"] == pytest.approx(float(accuracy.double().mean()))
     if norms:

@@ -111,7 +111,12 @@ def test_mlp_shapes_and_names() -> None:
     assert model(torch.randn(7, 2, 3)).shape == (7, 4)
     assert "layers.1.bias" not in model.state_dict()  # no bias before a batch norm
     assert MLP((6,), 4, depth=3, width=8)(torch.randn(7, 6)).shape == (7, 4)
-    assert [m.out_features for m in MLP((6,), 4, depth=3, width=8).modules() if isinstance(m, nn.Linear)] == [8, 8, 8, 4]
+    assert [m.out_features for m in MLP((6,), 4, depth=3, width=8).modules() if isinstance(m, nn.Linear)] == [
+        8,
+        8,
+        8,
+        4,
+    ]
     assert sum(isinstance(m, nn.Linear) for m in MLP((6,), 4, hidden_sizes=()).modules()) == 1
     with pytest.raises(ValueError, match="hidden_sizes, or depth and width, not both"):
         MLP((6,), 4, hidden_sizes=(3,), depth=2)
@@ -120,7 +125,9 @@ def test_mlp_shapes_and_names() -> None:
 def test_mlp_maps_over_members() -> None:
     """Stacked parameters and buffers under vmap of a gradient = each member alone, running statistics too."""
     torch.manual_seed(0)
-    models = [make_stateless(MLP((6,), 3, hidden_sizes=(8,), batch_norm=True)).double().train() for _ in range(3)]
+    models = [
+        make_stateless(MLP((6,), 3, hidden_sizes=(8,), batch_norm=True)).double().train() for _ in range(3)
+    ]
     for i, model in enumerate(models):
         for name, buffer in model.named_buffers():
             if name.endswith("noise_key"):
@@ -128,8 +135,13 @@ def test_mlp_maps_over_members() -> None:
             if name.endswith(".dropout"):
                 buffer.fill_(0.2 * i)
     x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(3, (32,))
-    params = {n: torch.stack([dict(m.named_parameters())[n].detach() for m in models]) for n, _ in models[0].named_parameters()}
-    buffers = {n: torch.stack([dict(m.named_buffers())[n] for m in models]) for n, _ in models[0].named_buffers()}
+    params = {
+        n: torch.stack([dict(m.named_parameters())[n].detach() for m in models])
+        for n, _ in models[0].named_parameters()
+    }
+    buffers = {
+        n: torch.stack([dict(m.named_buffers())[n] for m in models]) for n, _ in models[0].named_buffers()
+    }
 
     def loss(p: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
         out = torch.func.functional_call(models[0], (p, b), x)

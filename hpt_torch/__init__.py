@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from hpt_torch.data import Data, Rows, split
     from hpt_torch.result import Result
     from hpt_torch.space import Choice, Float, Int
-    from hpt_torch.task import Classification, Task
+    from hpt_torch.task import Task
+    from hpt_torch.tasks import Classification, Reconstruction, Regression
     from hpt_torch.types import (
         HptError,
         InfeasibleError,
@@ -34,7 +35,8 @@ _HOMES = {
     "data": ("Data", "Rows", "split"),
     "result": ("Result",),
     "space": ("Choice", "Float", "Int"),
-    "task": ("Classification", "Task"),
+    "task": ("Task",),
+    "tasks": ("Classification", "Reconstruction", "Regression"),
     "types": (
         "HptError",
         "InfeasibleError",
@@ -58,6 +60,8 @@ __all__ = [
     "Int",
     "Objective",
     "RecipeError",
+    "Reconstruction",
+    "Regression",
     "Report",
     "Result",
     "Rows",

@@ -169,13 +169,13 @@ def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checke
 
     path = catalog.find_recipe(name)
     recipe = recipes.load(path, overrides)
-    from hpt_torch import session, task
+    from hpt_torch import session, tasks
     from hpt_torch.types import Problem, RecipeError, TaskError
 
     if allow_import and "" not in sys.path:
         sys.path.insert(0, "")  # modules beside the recipe's user, as with python -m
     try:
-        made = task.from_names(**recipe.task.model_dump(), seed=recipe.seed, allow_import=allow_import)
+        made = tasks.from_names(**recipe.task.model_dump(), seed=recipe.seed, allow_import=allow_import)
     except TaskError as error:
         where, _, what = str(error).partition(": ")
         raise RecipeError(str(path), [Problem(where, what)]) from error

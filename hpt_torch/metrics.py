@@ -1,33 +1,172 @@
-"""Metrics as sums over batches, finished once: so that they add up over batches and members alike."""
+"""Losses, and metrics as sums over batches, finished once: sums add up over batches and members alike.
 
-# B batch, C classes
+A key that begins with ``each_`` is not a sum: its rows are put one after another (ROC-AUC needs them all).
+"""
+
+# B rows (and any further positions), C classes, D values to predict
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CLASSIFICATION = ("accuracy", "top5", "f1", "precision", "recall", "roc_auc")
+REGRESSION = ("mse", "mae", "r2")
+_FROM_CONFUSION = frozenset({"f1", "precision", "recall"})
+MAXIMIZED = frozenset({*CLASSIFICATION, "r2"})
 
-def cross_entropy(logits_BC: Tensor, targets_B: Tensor, label_smoothing: Tensor | float = 0.0) -> Tensor:
+# -- losses --------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits_BC: Tensor,
+    targets_B: Tensor,
+    label_smoothing: Tensor | float = 0.0,
+    class_weights_C: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy, shape (). As ``F.cross_entropy``, whose label_smoothing takes no tensor."""
     log_probs_BC = F.log_softmax(logits_BC, dim=-1)
-    nll = -log_probs_BC.gather(-1, targets_B.unsqueeze(-1)).mean()
-    return (1 - label_smoothing) * nll - label_smoothing * log_probs_BC.mean()
+    nll_B = -log_probs_BC.gather(-1, targets_B.unsqueeze(-1)).squeeze(-1)
+    classes = logits_BC.shape[-1]
+    if class_weights_C is None:
+        return (1 - label_smoothing) * nll_B.mean() - label_smoothing * log_probs_BC.mean()
+    weights_B = class_weights_C[targets_B]
+    smooth_B = -(log_probs_BC * class_weights_C).sum(-1)
+    total = weights_B.sum()
+    nll = (nll_B * weights_B).sum() / total
+    return (1 - label_smoothing) * nll + label_smoothing / classes * smooth_B.sum() / total
 
 
-def classification_sums(logits_BC: Tensor, targets_B: Tensor) -> dict[str, Tensor]:
-    """rows, summed cross-entropy and correct answers, each of shape ()."""
+def binary_cross_entropy(
+    logits_BC: Tensor,
+    targets_B: Tensor,
+    label_smoothing: Tensor | float = 0.0,
+    class_weights_C: Tensor | None = None,
+) -> Tensor:
+    """Mean over rows of the summed binary cross-entropy of the C yes-or-no questions, shape ()."""
+    yes_BC = F.one_hot(targets_B, logits_BC.shape[-1]).to(logits_BC.dtype)
+    yes_BC = yes_BC * (1 - label_smoothing) + label_smoothing / 2
+    losses_BC = F.binary_cross_entropy_with_logits(logits_BC, yes_BC, reduction="none")
+    if class_weights_C is not None:
+        losses_BC = losses_BC * class_weights_C
+    return losses_BC.sum(-1).mean()
+
+
+def regression_loss(
+    name: str, predicted: Tensor, targets: Tensor, huber_delta: Tensor | float = 1.0
+) -> Tensor:
+    """Mean squared, absolute or Huber error over all values, shape (). `huber_delta` may be a tensor."""
+    error = predicted - targets
+    if name == "mse":
+        return error.square().mean()
+    size = error.abs()
+    if name == "mae":
+        return size.mean()
+    near = 0.5 * error.square()
+    return torch.where(size <= huber_delta, near, huber_delta * (size - 0.5 * huber_delta)).mean()
+
+
+# -- classification ------------------------------------------------------------------------------------
+
+
+def classification_sums(logits_BC: Tensor, targets_B: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """rows, summed cross-entropy, correct answers, and what the named metrics need beyond them."""
+    wanted, classes = frozenset(names), logits_BC.shape[-1]
+    logits_BC, targets_B = logits_BC.reshape(-1, classes), targets_B.reshape(-1)
     losses_B = F.cross_entropy(logits_BC, targets_B, reduction="none")
-    return {
+    guesses_B = logits_BC.argmax(dim=-1)
+    sums = {
         "rows": torch.full((), len(targets_B), dtype=torch.float64, device=logits_BC.device),
         "loss": losses_B.double().sum(),
-        "correct": (logits_BC.argmax(dim=-1) == targets_B).double().sum(),
+        "correct": (guesses_B == targets_B).double().sum(),
+    }
+    if "top5" in wanted:
+        best_B5 = logits_BC.topk(min(5, classes), dim=-1).indices
+        sums["top5"] = (best_B5 == targets_B.unsqueeze(-1)).any(-1).double().sum()
+    if wanted & _FROM_CONFUSION:
+        # As a product of one-hot rows: bincount cannot be mapped over members.
+        true_BC, guess_BC = (F.one_hot(t, classes).double() for t in (targets_B, guesses_B))
+        sums["confusion"] = true_BC.T @ guess_BC
+    if "roc_auc" in wanted:
+        sums["each_probability"] = logits_BC.double().softmax(-1)
+        sums["each_target"] = targets_B
+    return sums
+
+
+def classification_metrics(sums: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """The named metrics, equal to scikit-learn's (macro averages; one against the rest for ROC-AUC)."""
+    rows = float(sums["rows"])
+    values = {"loss": float(sums["loss"]) / rows}
+    for name in names:
+        if name == "accuracy":
+            values[name] = float(sums["correct"]) / rows
+        elif name == "top5":
+            values[name] = float(sums["top5"]) / rows
+        elif name == "roc_auc":
+            values[name] = roc_auc(sums["each_probability"], sums["each_target"])
+        else:
+            values[name] = _macro(name, sums["confusion"])
+    return values
+
+
+def _macro(name: str, confusion_CC: Tensor) -> float:
+    """Mean over the classes that occur as target or guess; a class never guessed has precision 0."""
+    hits_C, true_C, guessed_C = confusion_CC.diagonal(), confusion_CC.sum(1), confusion_CC.sum(0)
+    precision_C = hits_C / guessed_C.clamp(min=1)
+    recall_C = hits_C / true_C.clamp(min=1)
+    f1_C = 2 * hits_C / (true_C + guessed_C).clamp(min=1)
+    seen_C = (true_C + guessed_C) > 0
+    values_C = {"precision": precision_C, "recall": recall_C, "f1": f1_C}[name]
+    return float(values_C[seen_C].mean())
+
+
+def roc_auc(probability_BC: Tensor, targets_B: Tensor) -> float:
+    """Area under the ROC curve, by ranks (Mann-Whitney, ties count half); the mean over one-against-rest
+    questions for more than two classes. NaN where a class does not occur, as it has no curve."""
+    classes = probability_BC.shape[-1]
+    areas = []
+    for positive in [1] if classes == 2 else range(classes):
+        scores_B, is_B = probability_BC[:, positive], targets_B == positive
+        n, m = int(is_B.sum()), int((~is_B).sum())
+        if n == 0 or m == 0:
+            return float("nan")
+        _, inverse, counts = torch.unique(scores_B, return_inverse=True, return_counts=True)
+        middle = counts.cumsum(0).double() - (counts.double() - 1) / 2
+        areas.append((float(middle[inverse][is_B].sum()) - n * (n + 1) / 2) / (n * m))
+    return sum(areas) / len(areas)
+
+
+# -- regression ----------------------------------------------------------------------------------------
+
+
+def regression_sums(predicted_BD: Tensor, targets_BD: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    """rows; for each of the D values the summed errors and the targets' moments. loss: the batch's mean."""
+    rows = len(targets_BD)
+    predicted_BD, targets_BD = (t.double().reshape(rows, -1) for t in (predicted_BD, targets_BD))
+    error_BD = predicted_BD - targets_BD
+    return {
+        "rows": torch.full((), rows, dtype=torch.float64, device=targets_BD.device),
+        "loss": loss.double() * rows,
+        "squared": error_BD.square().sum(0),
+        "absolute": error_BD.abs().sum(0),
+        "target": targets_BD.sum(0),
+        "target_squared": targets_BD.square().sum(0),
     }
 
 
-def classification_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+def regression_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """loss, mse, mae and R² (mean over the D values), equal to scikit-learn's."""
     rows = float(sums["rows"])
-    return {"loss": float(sums["loss"]) / rows, "accuracy": float(sums["correct"]) / rows}
+    spread_D = sums["target_squared"] - sums["target"].square() / rows
+    r2_D = torch.where(
+        spread_D > 0, 1 - sums["squared"] / spread_D.clamp(min=1e-300), (sums["squared"] == 0).double()
+    )
+    return {
+        "loss": float(sums["loss"]) / rows,
+        "mse": float(sums["squared"].mean()) / rows,
+        "mae": float(sums["absolute"].mean()) / rows,
+        "r2": float(r2_D.mean()),
+    }

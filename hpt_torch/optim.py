@@ -7,8 +7,10 @@ one tensor, with every hyperparameter a tensor or float: the reference, and the 
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "sgd": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "rmsprop": ("square_avg",),
 }
 
 
@@ -29,7 +32,8 @@ def update(
     """One optimizer step for one tensor: (new parameter, new slots).
 
     step: the number of this step, from 1. h: lr, weight_decay and the optimizer's own (momentum, nesterov;
-    beta1, beta2, eps), as in ``torch.optim.SGD`` / ``Adam`` / ``AdamW``; `nesterov` is a Python bool.
+    beta1, beta2, eps; alpha, eps), as in ``torch.optim.SGD`` / ``Adam`` / ``AdamW`` / ``RMSprop``;
+    `nesterov` is a Python bool.
     """
     lr, decay = h["lr"], h["weight_decay"]
     if name == "adamw":
@@ -40,6 +44,9 @@ def update(
         buffer = h["momentum"] * slots["momentum_buffer"] + grad
         direction = grad + h["momentum"] * buffer if h["nesterov"] else buffer
         return param - lr * direction, {"momentum_buffer": buffer}
+    if name == "rmsprop":
+        square_avg = h["alpha"] * slots["square_avg"] + (1 - h["alpha"]) * grad * grad
+        return param - lr * grad / (square_avg.sqrt() + h["eps"]), {"square_avg": square_avg}
     beta1, beta2 = h["beta1"], h["beta2"]
     exp_avg = beta1 * slots["exp_avg"] + (1 - beta1) * grad
     exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * grad * grad
@@ -91,10 +98,60 @@ def _fused_kernel(name: str, device: torch.device) -> Any:
     return getattr(torch, f"_fused_{name}_", None)
 
 
-def clip_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradients in place so that their common 2-norm is at most `max_norm`; returns the norm
-    before, shape (). As ``torch.nn.utils.clip_grad_norm_``."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share their treatment: positions in the member's list of parameters."""
+
+    indices: tuple[int, ...]
+    head: bool  # its learning rate is lr * head_lr_factor
+    decays: bool  # weight_decay, l1 and l2 reach it
+
+
+def groups(
+    names: Sequence[str], dims: Sequence[int], head: Iterable[str], decay_norm_and_bias: bool
+) -> list[Group]:
+    """The parameters by treatment. head: patterns such as ``head.*``; dims: dimensions of each parameter."""
+    patterns = list(head)
+    found: dict[tuple[bool, bool], list[int]] = {}
+    for i, (name, dim) in enumerate(zip(names, dims, strict=True)):
+        key = matches(name, patterns), decay_norm_and_bias or dim > 1
+        found.setdefault(key, []).append(i)
+    return [Group(tuple(indices), *key) for key, indices in found.items()]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@torch.no_grad()
+def add_penalty(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l2: float) -> list[Tensor]:
+    """The gradients with those of ``l1 * sum |W| + l2 * sum W**2`` added."""
+    added = list(grads)
+    if l2:
+        added = list(torch._foreach_add(added, list(params), alpha=2 * l2))
+    if l1:
+        added = list(torch._foreach_add(added, list(torch._foreach_sign(list(params))), alpha=l1))
+    return added
+
+
+@torch.no_grad()
+def clip(grads: Sequence[Tensor], max_norm: float, max_value: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(clipped gradients, their common 2-norm before, whether any was clipped), the last two of shape ().
+
+    First every entry is clamped to ±max_value, then all are scaled so that the 2-norm is at most max_norm, as
+    ``clip_grad_value_`` and ``clip_grad_norm_`` of torch.nn.utils.
+    """
+    clipped = list(grads)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(clipped)))
+    touched = norm > max_norm
+    if math.isfinite(max_value):
+        largest = torch.stack(torch._foreach_norm(clipped, math.inf)).max()
+        touched = touched | (largest > max_value)
+        clipped = [grad.clamp(-max_value, max_value) for grad in clipped]
     if math.isfinite(max_norm):
-        torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+        if math.isfinite(max_value):
+            now = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(clipped)))
+        else:
+            now = norm
+        clipped = list(torch._foreach_mul(clipped, (max_norm / (now + 1e-6)).clamp(max=1.0)))
+    return clipped, norm, touched

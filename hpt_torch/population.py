@@ -13,15 +13,17 @@ from torch import Tensor
 
 from hpt_torch.types import HParams
 
-GROUPS = ("params", "buffers", "slots", "sums")
+GROUPS = ("params", "buffers", "slots", "kept", "sums")
+PLACES = ("step", "epoch", "batch", "active", "best", "best_epoch")
 
 
 @dataclass(kw_only=True)
 class Population:
     """Everything that training changes, and where each member stands.
 
-    params, buffers: name -> (P, *shape); slots: "exp_avg/name" -> (P, *shape), the optimizer's state;
-    sums: name -> (P,), what the current epoch has added up so far.
+    params, buffers: name -> (P, *shape); slots: "exp_avg/name" -> (P, *shape), the optimizer's state (and
+    "ema/name", the averaged weights); kept: name -> (P, *shape), the weights of each member's best epoch,
+    empty where the last ones are kept; sums: name -> (P,), what the current epoch has added up so far.
     """
 
     trials: list[int]
@@ -29,21 +31,23 @@ class Population:
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     slots: dict[str, Tensor]
+    kept: dict[str, Tensor]
     sums: dict[str, Tensor]
     step: list[int] = field(default_factory=list)  # optimizer steps taken, a member's own count
     epoch: list[int] = field(default_factory=list)  # whole epochs trained
     batch: list[int] = field(default_factory=list)  # batches into the next epoch
     active: list[bool] = field(default_factory=list)
+    best: list[float | None] = field(default_factory=list)  # score of the best epoch
+    best_epoch: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.trials)
 
     def __post_init__(self) -> None:
-        for name in ("step", "epoch", "batch"):
+        for name in PLACES:
             if not getattr(self, name):
-                setattr(self, name, [0] * len(self))
-        if not self.active:
-            self.active = [True] * len(self)
+                start = {"active": True, "best": None}.get(name, 0)
+                setattr(self, name, [start] * len(self))
 
     def _stacks(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for group in GROUPS:
@@ -56,9 +60,7 @@ class Population:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain data from which `restore` makes the same population."""
         tensors = {f"{group}/{name}": t for group, stack in self._stacks() for name, t in stack.items()}
-        return tensors, {
-            name: list(getattr(self, name)) for name in ("trials", "step", "epoch", "batch", "active")
-        }
+        return tensors, {name: list(getattr(self, name)) for name in ("trials", *PLACES)}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over a saved state in place. Raises ValueError unless it is one of these same members."""
@@ -69,7 +71,7 @@ class Population:
             raise ValueError("the state's tensors are not those of this model")
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
-        for name in ("step", "epoch", "batch", "active"):
+        for name in PLACES:
             setattr(self, name, list(meta[name]))
 
 

@@ -96,13 +96,25 @@ class TaskSection(Section):
     """What is trained."""
 
     kind: str = Field(
-        default="classification", max_length=200, description="classification, or module:factory"
+        default="classification",
+        max_length=200,
+        description="classification, regression, reconstruction, or module:factory",
     )
-    model: str = Field(default="mlp", max_length=200, description="mlp, or module:factory of an nn.Module")
-    data: str = Field(default="digits", max_length=200, description="digits, or module:factory of a Data")
+    model: str = Field(
+        default="mlp", max_length=200, description="mlp, cnn, rnn, autoencoder, linear, or module:factory"
+    )
+    data: str = Field(
+        default="digits", max_length=200, description="a data set that hpt_torch knows, or module:factory"
+    )
+    data_options: dict[str, Any] = Field(
+        default_factory=dict, description='arguments of the data set, such as path = "x.csv"'
+    )
     valid_fraction: Fraction = Field(default=0.2, description="share of all rows that scores trials")
     holdout_fraction: Fraction = Field(
         default=0.2, description="share of all rows that is read once, at the end"
+    )
+    metrics: list[str] | None = Field(
+        default=None, min_length=1, description="measured at every epoch; the first one is optimised"
     )
 
 
@@ -144,13 +156,29 @@ class TrainerSection(Section):
 
     epochs: Epochs = 10
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps"
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:1, mps",
     )
     engine: Literal["auto", "loop"] = "auto"
+    keep: Literal["last", "best"] | None = Field(
+        default=None,
+        description="the epoch whose weights and score a trial keeps; unless given: last, with patience best",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        strict=True,
+        description="stop a trial after so many epochs without a better score",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
     )
     dtype: Literal["float32", "float64"] = "float32"
+    autocast: Literal["none", "bfloat16"] = Field(
+        default="none", description="bfloat16: matrix products of forward and backward in 16 bits"
+    )
+    tf32: bool = Field(default=False, description="CUDA: matrix products in TensorFloat-32")
     deterministic: bool = Field(
         default=True, description="refuse kernels that do not repeat bit for bit (CUDA)"
     )

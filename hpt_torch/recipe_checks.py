@@ -46,6 +46,14 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         problems.append(
             Problem(f"objective.{missing}", "metric and direction are given together or not at all")
         )
+    if recipe.trainer.patience is not None and recipe.trainer.keep == "last":
+        problems.append(
+            Problem(
+                "trainer.keep",
+                "must be best (or left out) with trainer.patience, got last: the last epochs "
+                "before stopping are those without a better score",
+            )
+        )
     if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
         problems.append(
             Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")

@@ -209,6 +209,7 @@ class Record:
                     state=TrialState(body["state"]),
                     reason=body["reason"],
                     weights_sha256=body["weights_sha256"],
+                    kept_epoch=body["kept_epoch"],
                 )
             case "pause":
                 for number in body["trials"]:
@@ -280,9 +281,11 @@ def report_event(report: Report) -> Event:
     return Event(kind="report", body=dataclasses.asdict(report))
 
 
-def finish_event(trial: int, state: TrialState, reason: str = "", weights_sha256: str = "") -> Event:
+def finish_event(
+    trial: int, state: TrialState, reason: str = "", weights_sha256: str = "", kept_epoch: int = 0
+) -> Event:
     body = {"trial": trial, "state": state.value, "reason": reason, "weights_sha256": weights_sha256}
-    return Event(kind="finish", body=body)
+    return Event(kind="finish", body={**body, "kept_epoch": kept_epoch})
 
 
 def pause_event(trials: Sequence[int] | Iterable[int]) -> Event:

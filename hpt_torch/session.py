@@ -133,6 +133,8 @@ def run(
         device = _resume_device(checked.recipe.trainer.device, begun["device"], path)
         if checked.recipe.trainer.deterministic:
             _deterministic(device)
+        if checked.recipe.trainer.tf32:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
         where = environment(str(device), begun["threads"])
         session = {
             "pid": os.getpid(),
@@ -143,14 +145,7 @@ def run(
         record.append(Event(kind="session", body=session))
         directory.write_json(directory.environment, where)
         write_atomic(directory.recipe, checked.recipe.to_toml().encode())
-        dtype = getattr(torch, checked.recipe.trainer.dtype)
-        trainer = LoopTrainer(
-            checked.task,
-            checked.task.data().to(device, dtype),
-            device=device,
-            dtype=dtype,
-            seed=checked.recipe.seed,
-        )
+        trainer = _trainer(checked, device)
         with _stop_signals(observers) as received:
             tuner = Tuner(
                 recipe=checked.recipe,
@@ -166,6 +161,22 @@ def run(
             tuner.run()
         if received:
             raise Interrupted(received[0], f"stopped; everything is saved in {path}")
+
+
+def _trainer(checked: Checked, device: torch.device) -> LoopTrainer:
+    settings = checked.recipe.trainer
+    dtype = getattr(torch, settings.dtype)
+    keeps_best = settings.keep == "best" or settings.patience is not None
+    return LoopTrainer(
+        checked.task,
+        checked.task.data().to(device, dtype),
+        device=device,
+        dtype=dtype,
+        seed=checked.recipe.seed,
+        epochs=settings.epochs,
+        keep=checked.objective if keeps_best else None,
+        autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
+    )
 
 
 # -- continuing ----------------------------------------------------------------------------------------

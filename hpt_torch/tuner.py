@@ -243,8 +243,18 @@ class Tuner:
         return False
 
     def _finished(self, population: Population) -> list[int]:
-        epochs = self.recipe.trainer.epochs
-        return [i for i in range(len(population)) if population.active[i] and population.epoch[i] >= epochs]
+        """The members that have all their epochs, or no better score for `patience` of them."""
+        epochs, patience = self.recipe.trainer.epochs, self.recipe.trainer.patience
+        return [
+            i
+            for i in range(len(population))
+            if population.active[i]
+            and population.batch[i] == 0
+            and (
+                population.epoch[i] >= epochs
+                or (patience is not None and population.epoch[i] - population.best_epoch[i] >= patience)
+            )
+        ]
 
     def _finish(
         self, population: Population, members: Sequence[int], reports: Sequence[Report]
@@ -256,10 +266,11 @@ class Tuner:
         for i in members:
             number = population.trials[i]
             weights = self.trainer.weights(population, i)
-            events.append(finish_event(number, TrialState.COMPLETE, "", checkpoint.weights_sha256(weights)))
-            score = next(
-                (r.metrics.get(self.objective.metric) for r in reversed(reports) if r.trial == number), None
-            )
+            kept = population.best_epoch[i] if self.trainer.keep is not None else population.epoch[i]
+            sha256 = checkpoint.weights_sha256(weights)
+            events.append(finish_event(number, TrialState.COMPLETE, "", sha256, kept))
+            known = (*self.record.trials[number].reports, *(r for r in reports if r.trial == number))
+            score = next((r.metrics.get(self.objective.metric) for r in known if r.epoch == kept), None)
             if score is not None and (best_score is None or self.objective.better(score, best_score)):
                 best_score, best_weights, best_trial = score, weights, number
         if best_weights is not None:

@@ -50,11 +50,15 @@ class Trial:
     reports: tuple[Report, ...] = ()
     reason: str = ""  # why it was pruned, failed or is infeasible; a traceback where code raised
     weights_sha256: str = ""
+    kept_epoch: int = 0  # the epoch whose weights were kept; 0: not finished
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics of the last report: the ones that belong to the weights that were kept."""
-        return self.reports[-1].metrics if self.reports else {}
+        """The metrics that belong to the weights that were kept; the last ones while it is trained."""
+        for report in reversed(self.reports):
+            if self.kept_epoch in (0, report.epoch):
+                return report.metrics
+        return {}
 
     @property
     def epoch(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpt_torch import recipe as recipes
-from hpt_torch import session, task
+from hpt_torch import session, tasks
 from hpt_torch.record import Record
 from hpt_torch.report import canonical, summarise
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
-def digits_task() -> task.Task:
-    return task.from_names(
+def digits_task() -> tasks.Task:
+    return tasks.from_names(
         kind="classification", model="mlp", data="digits", valid_fraction=0.2, holdout_fraction=0.2, seed=0
     )
 
@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture
-def run_quick(digits_task: task.Task) -> Callable[..., str]:
+def run_quick(digits_task: tasks.Task) -> Callable[..., str]:
     """Runs a small search to its end and returns its canonical report."""
 
     def run(path: Path, *overrides: str, raw: dict[str, Any] | None = None, **options: Any) -> str:

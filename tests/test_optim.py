@@ -15,6 +15,7 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
 }
 CASES = [
     ("sgd", {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}),
@@ -23,6 +24,7 @@ CASES = [
     ("adam", {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}),
     ("adam", {"beta1": 0.8, "beta2": 0.95, "eps": 1e-4, "weight_decay": 1e-2}),
     ("adamw", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 1e-1}),
+    ("rmsprop", {"alpha": 0.9, "eps": 1e-6, "weight_decay": 1e-2}),
 ]
 SHAPES = ((5, 3), (7,), ())
 
@@ -95,14 +97,43 @@ def test_update_maps_over_members_with_their_own_hyperparameters() -> None:
         torch.testing.assert_close(mapped[i], alone, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("value", [0.3, math.inf])
 @pytest.mark.parametrize("limit", [0.5, 1e3, math.inf])
-def test_clip_norm_equals_torch(limit: float) -> None:
+def test_clip_equals_torch(limit: float, value: float) -> None:
     generator = torch.Generator().manual_seed(2)
     grads = [torch.randn(shape, generator=generator) for shape in SHAPES]
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad.clone()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    assert float(optim.clip_norm_(grads, limit)) == pytest.approx(float(norm), rel=1e-6)
-    for grad, parameter in zip(grads, parameters, strict=True):
+    before = torch.nn.utils.get_total_norm(grads)
+    if math.isfinite(value):
+        torch.nn.utils.clip_grad_value_(parameters, value)
+    torch.nn.utils.clip_grad_norm_(parameters, limit)
+    clipped, norm, touched = optim.clip(grads, limit, value)
+    assert float(norm) == pytest.approx(float(before), rel=1e-6)
+    assert bool(touched) == (limit == 0.5 or value == 0.3)
+    for grad, parameter in zip(clipped, parameters, strict=True):
         torch.testing.assert_close(grad, parameter.grad)
+
+
+def test_penalty_is_the_gradient_of_l1_and_l2() -> None:
+    """L_total = L_data + l1 * sum |W| + l2 * sum W**2, differentiated by autograd."""
+    torch.manual_seed(3)
+    params = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
+    data = sum((p * torch.arange(p.numel()).view(p.shape)).sum() for p in params)
+    assert isinstance(data, torch.Tensor)
+    grads = torch.autograd.grad(data, params, retain_graph=True)
+    total = data + sum(0.1 * p.abs().sum() + 0.3 * p.square().sum() for p in params)
+    for a, b in zip(
+        optim.add_penalty(params, grads, 0.1, 0.3), torch.autograd.grad(total, params), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_groups_by_head_and_by_what_decays() -> None:
+    names, dims = ["body.weight", "body.bias", "head.weight", "head.bias"], [2, 1, 2, 1]
+    groups = optim.groups(names, dims, ["head.*"], decay_norm_and_bias=False)
+    assert {(g.indices, g.head, g.decays) for g in groups} == {
+        ((0,), False, True), ((1,), False, False), ((2,), True, True), ((3,), True, False)
+    }  # fmt: skip
+    assert [g.indices for g in optim.groups(names, dims, [], decay_norm_and_bias=True)] == [(0, 1, 2, 3)]

@@ -14,7 +14,8 @@ from hpt_torch import recipe as recipes
 from hpt_torch import session
 from hpt_torch.catalog import find_recipe
 from hpt_torch.recipe import load
-from hpt_torch.task import Task, from_names
+from hpt_torch.task import Task
+from hpt_torch.tasks import from_names
 from hpt_torch.types import RecipeError, TaskError
 
 TRIALS = "[search]\ntrials = 3\n"
@@ -195,7 +196,7 @@ DIMENSIONS = [
     ("hidden_sizes = {choice = [[64], [0]]}", "every entry must be in [1, inf), got 0"),
     ("hidden_sizes = {choice = [64, [64]]}", "must be a list of integers, got 64"),
     ('optimizer = {choice = ["adam", "lion"]}', "option 'lion' must be one of"),
-    ("xyz = {float = [0.1, 0.2]}", "is not a hyperparameter of this task; it has: activation, "),
+    ("xyz = {float = [0.1, 0.2]}", "is not a hyperparameter of this task; it has: "),
     ("droput = {float = [0.1, 0.2]}", "did you mean dropout?"),
     ("momentum = {float = [0.0, 0.9]}", "is read only where optimizer is sgd, but optimizer is adam"),
 ]
@@ -269,7 +270,7 @@ HPARAMS = [
     ("width = 0", "width", "must be in [1, inf)"),
     ("depth = -1", "depth", "must be in [0, inf)"),
     ("droput = 0.1", "droput", "did you mean dropout?"),
-    ("xyz = 0.1", "xyz", "is not a hyperparameter of this task; it has: activation, "),
+    ("xyz = 0.1", "xyz", "is not a hyperparameter of this task; it has: "),
     ("input_shape = [64]", "input_shape", "is not a hyperparameter of this task"),
     (
         "momentum = 0.9",
@@ -470,7 +471,7 @@ def test_unknown_name_lists_the_known_ones(name: str) -> None:
         ({"kind": "os:environ", "allow_import": ["os"]}, "task.kind: "),
         ({"model": "os:environ", "allow_import": ["os"]}, "task.model: "),
         ({"kind": "textwrap:dedent", "allow_import": ["textwrap"]}, "task.kind: "),
-        ({"valid_fraction": 1e-9}, "task.valid_fraction: .*at least one row"),
+        ({"valid_fraction": 1e-9}, r"task\.data: valid_fraction must leave at least one row"),
     ],
     ids=str,
 )
@@ -604,7 +605,7 @@ def test_the_command_line_refuses_what_is_no_file(tmp_path: Path) -> None:
         ("", ["--run-dir", "kept", "droput=0.1"], "hparams.droput"),
         ('[task]\nmodel = "os:getcwd"', [], "task.model"),
         ('[task]\ndata = "mnits"', [], "task.data"),
-        ("[task]\nvalid_fraction = 1e-9", [], "task.valid_fraction"),
+        ("[task]\nvalid_fraction = 1e-9", [], "task.data"),
         (SPACE + "momentum = {float = [0.0, 0.9]}", [], "space.momentum"),
     ],
     ids=str,

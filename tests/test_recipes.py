@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from hpt_torch import recipe as recipes
-from hpt_torch import session, task
+from hpt_torch import session, tasks
 from hpt_torch.catalog import find_recipe, list_recipes
 from hpt_torch.record import Record
 from hpt_torch.types import TrialState
@@ -18,7 +18,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 
 def _load(path: Path, *overrides: str) -> session.Checked:
     recipe = recipes.load(path, overrides)
-    made = task.from_names(**recipe.task.model_dump(), seed=recipe.seed)
+    made = tasks.from_names(**recipe.task.model_dump(), seed=recipe.seed)
     return session.check(recipe, made, source=str(path))
 
 

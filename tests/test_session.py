@@ -18,7 +18,8 @@ from torch import nn
 from hpt_torch import recipe, session
 from hpt_torch.record import Record
 from hpt_torch.rundir import RunDir
-from hpt_torch.task import Classification, Task
+from hpt_torch.task import Task
+from hpt_torch.tasks import Classification
 from hpt_torch.types import (
     InfeasibleError,
     RecipeError,

@@ -15,7 +15,8 @@ from hpt_torch.checkpoint import weights_sha256
 from hpt_torch.data import Data, Rows, split
 from hpt_torch.population import Population
 from hpt_torch.seeding import generator
-from hpt_torch.task import Classification, Task
+from hpt_torch.task import Task
+from hpt_torch.tasks import Classification
 from hpt_torch.trainers import base
 from hpt_torch.trainers.loop import LoopTrainer
 
@@ -34,7 +35,7 @@ def _data() -> Data:
 
 
 def _trainer(task: Task, dtype: torch.dtype = torch.float32) -> LoopTrainer:
-    return LoopTrainer(task, task.data().to(CPU, dtype), device=CPU, dtype=dtype, seed=3)
+    return LoopTrainer(task, task.data().to(CPU, dtype), device=CPU, dtype=dtype, seed=3, epochs=5)
 
 
 def _mlp_task() -> Classification:
@@ -274,7 +275,7 @@ def test_on_cuda_the_same_as_on_the_cpu_up_to_rounding() -> None:
     states = []
     for device in (CPU, torch.device("cuda")):
         data = task.data().to(device, torch.float64)
-        trainer = LoopTrainer(task, data, device=device, dtype=torch.float64, seed=3)
+        trainer = LoopTrainer(task, data, device=device, dtype=torch.float64, seed=3, epochs=5)
         population = trainer.init([0], [hparams])
         trainer.train(population, 3, should_pause=never)
         states.append({name: tensor.cpu() for name, tensor in trainer.weights(population, 0).items()})

@@ -1,6 +1,6 @@
-"""`Rows` (aligned tensors), `Data` (train, valid, hold-out) and the split that keeps them apart."""
+"""`Rows` (aligned tensors) and `Data` (train, valid, hold-out): what every data set becomes."""
 
-# N rows
+# N rows, B batch, C channels, H height, W width
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from hpt_torch.seeding import derive_seed
 from hpt_torch.types import TaskError
+
+_CHUNK_ROWS = 8192  # pixels become real numbers this many rows at a time, to bound the memory in between
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,36 @@ class Rows:
     def slice(self, start: int, stop: int) -> dict[str, Tensor]:
         return {name: tensor[start:stop] for name, tensor in self.tensors.items()}
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
-        """On the device; real numbers in `dtype`; images (N, C, H, W) channels-last, the faster layout."""
+    def to(
+        self, device: torch.device, dtype: torch.dtype, *, scale: tuple[Tensor, Tensor] | None = None
+    ) -> Rows:
+        """On the device; real numbers in `dtype`; images (N, C, H, W) channels-last, the faster layout.
+
+        scale: mean and standard deviation that make uint8 `inputs` real numbers, `(x / 255 - mean) / std`.
+        """
         moved = {}
         for name, tensor in self.tensors.items():
+            if scale is not None and name == "inputs" and tensor.dtype == torch.uint8:
+                tensor = _normalised(tensor, *scale, device, dtype)
             tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            moved[name] = (
-                tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-            )
+            moved[name] = tensor.contiguous(memory_format=_layout(tensor))
         return Rows(moved)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of a table was taken for. `str()` says it in words."""
+
+    name: str
+    kind: Literal["number", "category", "target"]
+    values: tuple[str, ...] = ()  # of a category: one input each; of a target: its classes, or none
+
+    def __str__(self) -> str:
+        if self.kind == "target":
+            return f"{self.name}: target, " + (
+                f"classes {', '.join(self.values)}" if self.values else "number"
+            )
+        return f"{self.name}: {self.kind}" + (f" ({', '.join(self.values)})" if self.values else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +83,28 @@ class Data:
     holdout: Rows | None = None
     out_features: int = 1  # classes, or values to predict
     name: str = "data"
+    mean: Tensor | None = None  # (C, 1, 1), of the train pixels / 255, where `inputs` are uint8 images
+    std: Tensor | None = None  # (C, 1, 1)
+    classes: tuple[str, ...] = ()  # their names, for display; for text, the characters
+    columns: tuple[Column, ...] = ()  # of a table, as they were read: ``print(*data.columns, sep="\n")``
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise TaskError("mean and std must be given together; give both or neither")
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.train.tensors["inputs"].shape[1:])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Data:
-        holdout = self.holdout.to(device, dtype) if self.holdout is not None else None
+        """On the device, as models read it: where there is a mean, uint8 pixels become normalised reals."""
+        scale = (self.mean, self.std) if self.mean is not None and self.std is not None else None
+        holdout = self.holdout.to(device, dtype, scale=scale) if self.holdout is not None else None
         return dataclasses.replace(
-            self, train=self.train.to(device, dtype), valid=self.valid.to(device, dtype), holdout=holdout
+            self,
+            train=self.train.to(device, dtype, scale=scale),
+            valid=self.valid.to(device, dtype, scale=scale),
+            holdout=holdout,
         )
 
     def fingerprint(self) -> str:
@@ -78,78 +112,29 @@ class Data:
         digest = hashlib.sha256()
         for part in (self.train, self.valid, self.holdout):
             for name, tensor in sorted(part.tensors.items()) if part is not None else ():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(
-                    tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                )
+                _digest(digest, name, tensor)
+        for name, statistic in (("mean", self.mean), ("std", self.std)):
+            if statistic is not None:
+                _digest(digest, name, statistic)
         return digest.hexdigest()
 
 
-def split(
-    inputs: Tensor | np.ndarray,
-    targets: Tensor | np.ndarray,
-    *,
-    valid_fraction: float = 0.2,
-    holdout_fraction: float = 0.2,
-    stratify: bool | None = None,
-    standardise: bool = False,
-    seed: int = 0,
-    name: str = "data",
-) -> Data:
-    """Splits rows at random into train, valid and hold-out.
-
-    inputs: (N, *shape), made float32 unless integer; targets: (N,) integers (classes) or (N, …) reals.
-    stratify: keep the share of each class equal (default: for integer targets).
-    standardise: subtract the mean and divide by the standard deviation of each feature *of the train rows*.
-    """
-    x, y = torch.as_tensor(inputs), torch.as_tensor(targets)
-    if len(x) != len(y):
-        raise TaskError(f"inputs and targets must have the same number of rows, got {len(x)} and {len(y)}")
-    for label, fraction in (("valid_fraction", valid_fraction), ("holdout_fraction", holdout_fraction)):
-        if not 0 <= fraction < 1:
-            raise TaskError(f"{label} must be in [0, 1), got {fraction}")
-    classes = not y.is_floating_point()
-    stratify = classes if stratify is None else stratify
-    if x.is_floating_point():
-        x = x.float()
-        if not bool(torch.isfinite(x).all()):
-            rows = (~torch.isfinite(x).reshape(len(x), -1).all(dim=1)).nonzero().flatten()[:5].tolist()
-            raise TaskError(f"inputs must be finite; rows {rows} are not: drop or fill them first")
-    y = y.long() if classes else y.float()
-
-    rest = np.arange(len(x))
-    parts: dict[str, np.ndarray] = {}
-    for part, fraction in (("holdout", holdout_fraction), ("valid", valid_fraction)):
-        count = round(fraction * len(x))
-        if not count:
-            continue
-        labels = y[rest].numpy() if stratify else None
-        try:
-            rest, parts[part] = train_test_split(
-                rest, test_size=count, random_state=derive_seed(seed, "split", part, bits=32), stratify=labels
-            )
-        except ValueError as error:
-            raise TaskError(f"cannot split off {count} of {len(rest)} rows for {part}: {error}") from error
-    if "valid" not in parts:
-        raise TaskError("valid_fraction must leave at least one row to score trials on")
-    if standardise:
-        x = _standardise(x, rest)
-
-    def part_of(index: np.ndarray) -> Rows:
-        chosen = torch.from_numpy(np.sort(index))
-        return Rows({"inputs": x[chosen], "targets": y[chosen]})
-
-    return Data(
-        train=part_of(rest),
-        valid=part_of(parts["valid"]),
-        holdout=part_of(parts["holdout"]) if "holdout" in parts else None,
-        out_features=int(y.max()) + 1 if classes else max(1, int(np.prod(y.shape[1:]))),
-        name=name,
-    )
+def _digest(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _standardise(x: Tensor, train: np.ndarray) -> Tensor:
-    seen = x[torch.from_numpy(train)].double()
-    mean, std = seen.mean(dim=0), seen.std(dim=0, correction=0)
-    std = torch.where(std > 0, std, torch.ones_like(std))  # a feature that never varies becomes 0
-    return ((x.double() - mean) / std).float()
+def _layout(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+
+
+def _normalised(
+    pixels: Tensor, mean: Tensor, std: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)  # computed in at least float32, rounded once at the end
+    mean, std = mean.to(device, wide), std.to(device, wide)
+    reals = torch.empty(pixels.shape, device=device, dtype=dtype, memory_format=_layout(pixels))
+    for start in range(0, len(pixels), _CHUNK_ROWS):
+        chunk = pixels[start : start + _CHUNK_ROWS].to(device).to(wide)
+        reals[start : start + _CHUNK_ROWS] = (chunk / 255 - mean) / std
+    return reals

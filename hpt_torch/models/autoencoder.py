@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class Autoencoder(nn.Module):
 
         def stack(sizes: Sequence[int]) -> nn.Sequential:
             layers: list[nn.Module] = []
-            for features, size in zip(sizes[:-2], sizes[1:-1], strict=True):
+            for features, size in pairwise(sizes[:-1]):
                 layers += dense(
                     features,
                     size,
@@ -67,7 +68,7 @@ class Autoencoder(nn.Module):
     def decode(self, code_BL: Tensor) -> Tensor:
         """(B, latent_dim) -> (B, *input_shape)."""
         outputs_BF: Tensor = self.decoder(code_BL)
-        return outputs_BF.unflatten(1, self.input_shape)
+        return outputs_BF.view(-1, *self.input_shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.decode(self.encode(inputs))

@@ -121,13 +121,13 @@ class BatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         # F.batch_norm takes no tensor as momentum. With momentum 1 it leaves the batch's own statistics in
-        # the two scratch tensors, and one lerp moves the running ones.
+        # the two scratch tensors. (lerp_ has no batching rule: vmap would loop over the members.)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         with torch.no_grad():
             momentum = self.batch_norm_momentum.to(mean.dtype)
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var, momentum)
+            self.running_mean.mul_(1 - momentum).add_(momentum * mean)
+            self.running_var.mul_(1 - momentum).add_(momentum * var)
         return y
 
 

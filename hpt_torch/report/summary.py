@@ -153,6 +153,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "hparams": _plain(trial.hparams),
         "metrics": dict(trial.metrics),
         "epoch": trial.epoch,
+        "kept_epoch": trial.kept_epoch,
         "weights_sha256": trial.weights_sha256,
     }
 

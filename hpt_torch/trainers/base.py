@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpt_torch.data import Data, Rows
+from hpt_torch.data import Rows
 from hpt_torch.models.layers import make_stateless
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
@@ -97,24 +98,31 @@ def probe(train: Rows, valid: Rows, seed: int) -> Rows:
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, rows: Rows) -> Mapping[str, float]:
-    """The task's metrics over all rows, in evaluation mode; sums are added in float64."""
+def evaluate(
+    task: Task, model: nn.Module, rows: Rows, autocast: torch.dtype | None = None
+) -> dict[str, float]:
+    """The task's metrics over all rows, in evaluation mode."""
     was_training = model.training
     model.eval()
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, Tensor | list[Tensor]] = {}
     for start in range(0, len(rows), EVALUATION_BATCH):
-        sums = task.metrics(model, rows.slice(start, start + EVALUATION_BATCH))
+        with cast(rows, autocast):
+            sums = task.metrics(model, rows.slice(start, start + EVALUATION_BATCH))
         for name, value in sums.items():
-            totals[name] = totals[name] + value if name in totals else value
+            if name.startswith("each_"):
+                totals.setdefault(name, []).append(value)  # type: ignore[union-attr]
+            else:
+                totals[name] = totals[name] + value if name in totals else value  # type: ignore[operator]
     model.train(was_training)
-    return task.finalize(totals)
+    return dict(task.finalize({n: torch.cat(t) if isinstance(t, list) else t for n, t in totals.items()}))
 
 
-def measure(task: Task, model: nn.Module, probe_rows: Rows, data: Data) -> dict[str, float]:
-    """The metrics of a report: ``train/…`` on the probe rows and ``valid/…``."""
-    metrics = {f"train/{name}": value for name, value in evaluate(task, model, probe_rows).items()}
-    metrics.update({f"valid/{name}": value for name, value in evaluate(task, model, data.valid).items()})
-    return metrics
+def cast(rows: Rows, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to `dtype` on the device of the rows; nothing for None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    device = next(iter(rows.tensors.values())).device
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def noise_seed(seed: int, trial: int) -> int:

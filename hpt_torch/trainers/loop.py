@@ -5,11 +5,9 @@ The fallback for what cannot be mapped over members, and the oracle that the oth
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +18,37 @@ from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
-from hpt_torch.types import HParams, Report
+from hpt_torch.trainers.member import Member
+from hpt_torch.types import HParams, Objective, Report
 
 
 class LoopTrainer:
     """Trains the members of a population one by one.
 
-    data: on `device`, in `dtype`; `seed` is the run's. Every random draw derives from (seed, trial, step).
+    data: on `device`, in `dtype`. epochs: of a whole trial, which the schedules read. keep: the objective by
+    which a member's best epoch is kept; None keeps the last. autocast: dtype of matrix products.
+    `seed` is the run's: every random draw derives from (seed, trial, step).
     """
 
     def __init__(
-        self, task: Task, data: Data, *, device: torch.device, dtype: torch.dtype, seed: int
+        self,
+        task: Task,
+        data: Data,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        epochs: int,
+        keep: Objective | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.task, self.data, self.device, self.dtype, self.seed = task, data, device, dtype, seed
+        self.epochs, self.keep, self.autocast = epochs, keep, autocast
         self.dynamic = task.dynamic_hparams
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed)
         self._channels_last = any(t.dim() == 4 for t in data.train.tensors.values())
+        self._module: tuple[int, HParams, nn.Module] | None = None
 
     # -- members ---------------------------------------------------------------------------------------
 
@@ -45,18 +57,27 @@ class LoopTrainer:
         model = base.build(self.task, hparams, trial, self.seed).to(self.device, self.dtype)
         return model.to(memory_format=torch.channels_last) if self._channels_last else model
 
+    def module(self, hparams: HParams, trial: int) -> nn.Module:
+        """The trial's module to train in; its tensors hold whatever they held last."""
+        if self._module is None or self._module[:2] != (trial, hparams):
+            self._module = trial, dict(hparams), self.build(hparams, trial)
+        return self._module[2].train()
+
     def init(self, trials: Sequence[int], hparams: Sequence[HParams]) -> Population:
         """A new population, each member with its own initial weights."""
-        params, buffers, slots = [], [], []
+        params, buffers, slots, kept = [], [], [], []
         for trial, values in zip(trials, hparams, strict=True):
-            model = self.build(values, trial)
-            learned, kept = self._tensors(model)
+            learned, fixed = self.split(self.build(values, trial), values)
             params.append(learned)
-            buffers.append(kept)
-            names = optim.SLOTS[str(values["optimizer"])]
-            slots.append(
-                {f"{slot}/{name}": torch.zeros_like(t) for slot in names for name, t in learned.items()}
-            )
+            buffers.append(fixed)
+            zero = {
+                f"{slot}/{n}": torch.zeros_like(t)
+                for slot in optim.SLOTS[str(values["optimizer"])]
+                for n, t in learned.items()
+            }
+            average = {f"ema/{n}": t.clone() for n, t in learned.items()} if values["ema"] else {}
+            slots.append({**zero, **average})
+            kept.append({**learned, **fixed} if self.keep is not None else {})
         zeros = torch.zeros(len(trials), dtype=torch.float64, device=self.device)
         return Population(
             trials=list(trials),
@@ -64,30 +85,38 @@ class LoopTrainer:
             params=stack(params, self.device),
             buffers=stack(buffers, self.device),
             slots=stack(slots, self.device),
+            kept=stack(kept, self.device),
             sums={name: zeros.clone() for name in ("loss", "grad_norm", "clipped")},
         )
 
     def weights(self, population: Population, i: int) -> dict[str, Tensor]:
-        """Member i's weights as its model's state_dict names them."""
-        model = self.build(population.hparams[i], population.trials[i])
-        names = set(model.state_dict())
+        """The weights that member i keeps, as its model's state_dict names them."""
         member = population.member(i)
-        return {
-            name: t.detach().clone()
-            for name, t in (member["params"] | member["buffers"]).items()
-            if name in names
-        }
+        tensors = {**member["params"], **member["buffers"]}
+        if self.keep is not None:
+            tensors = member["kept"]
+        elif population.hparams[i]["ema"]:
+            tensors.update({name: member["slots"][f"ema/{name}"] for name in member["params"]})
+        names = self.module(population.hparams[i], population.trials[i]).state_dict()
+        return {name: tensors[name].detach().clone() for name in names if name in tensors}
 
     def load(self, hparams: HParams, trial: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """A model in evaluation mode with these weights."""
         return base.load_weights(self.build(hparams, trial), weights, hparams, self.dynamic)
 
-    def _tensors(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What is learned, and everything else that training may change or weights must hold."""
+    def split(self, model: nn.Module, hparams: HParams) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(what is learned, everything else that training may change or weights must hold), by name.
+
+        Parameters that `freeze` names, or that the model itself froze, are not learned.
+        """
+        patterns = hparams["freeze"]
+        for name, parameter in model.named_parameters():
+            if optim.matches(name, patterns):  # type: ignore[arg-type]
+                parameter.requires_grad_(False)
         learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        kept = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-        kept |= {n: b for n, b in model.named_buffers() if not base.is_hparam_buffer(n, self.dynamic)}
-        return learned, kept
+        fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        fixed |= {n: b for n, b in model.named_buffers() if not base.is_hparam_buffer(n, self.dynamic)}
+        return learned, fixed
 
     # -- training --------------------------------------------------------------------------------------
 
@@ -113,20 +142,21 @@ class LoopTrainer:
         self, population: Population, i: int, result: SegmentResult, should_pause: ShouldPause
     ) -> None:
         started = time.perf_counter()
-        hparams, trial = population.hparams[i], population.trials[i]
-        member = _Member(self, population, i)
+        member = Member(self, population, i)
         order = self.order.epoch(population.epoch[i])
-        size = min(int(hparams["batch_size"]), len(order))  # type: ignore[arg-type]
+        size = min(int(member.h["batch_size"]), len(order))
         batches = self.order.batches(size)
+        factors = member.lr_factors(batches)
         for index in range(population.batch[i], batches):
-            member.step(self.data.train.select(order[index * size : (index + 1) * size]))
+            batch = self.data.train.select(order[index * size : (index + 1) * size])
+            member.step(batch, factors[index])
             if should_pause() and index + 1 < batches:
                 member.store(batch=index + 1)
                 result.paused = True
                 return
-        metrics = base.measure(self.task, member.model, self.probe, self.data)
+        metrics = member.measure()
         train_loss = float(member.sums["loss"]) / batches
-        if math.isfinite(float(hparams["grad_clip_norm"])):  # type: ignore[arg-type]
+        if member.clips:
             metrics["train/grad_norm"] = float(member.sums["grad_norm"]) / batches
             metrics["train/clipped_share"] = float(member.sums["clipped"]) / batches
         member.store(batch=0)
@@ -134,78 +164,16 @@ class LoopTrainer:
         if reason := base.diverged(metrics, population.epoch[i], train_loss):
             self._fail(population, i, result, reason)
             return
+        if self.keep is not None:
+            self._keep_if_best(population, i, member, metrics[self.keep.metric])
         seconds = time.perf_counter() - started
-        result.reports.append(
-            Report(trial=trial, epoch=population.epoch[i], metrics=metrics, seconds=seconds)
+        report = Report(
+            trial=population.trials[i], epoch=population.epoch[i], metrics=metrics, seconds=seconds
         )
+        result.reports.append(report)
 
-
-class _Member:
-    """One member taken out of its population: a real module with its own, aligned memory.
-
-    Kernels may round differently on differently aligned memory, so members are trained in a copy and
-    stored back: the result does not depend on the position in the stack.
-    """
-
-    def __init__(self, trainer: LoopTrainer, population: Population, i: int) -> None:
-        self.trainer, self.population, self.i = trainer, population, i
-        hparams, trial = population.hparams[i], population.trials[i]
-        self.model = trainer.build(hparams, trial)
-        base.set_hparams(self.model, hparams, trainer.dynamic)
-        learned, kept = trainer._tensors(self.model)
-        self.views = population.member(i)
-        for mine, theirs in ((learned, self.views["params"]), (kept, self.views["buffers"])):
-            for name, tensor in mine.items():
-                tensor.copy_(theirs[name])
-        self.learned, self.kept = learned, kept
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.slots = {
-            name: t.clone(memory_format=torch.preserve_format) for name, t in self.views["slots"].items()
-        }
-        self.sums = {name: t.clone() for name, t in self.views["sums"].items()}
-        self.steps = population.step[i]
-        self.optimizer = str(hparams["optimizer"])
-        self.slot_lists = {
-            slot: [self.slots[f"{slot}/{name}"] for name in learned] for slot in optim.SLOTS[self.optimizer]
-        }
-        self.floats: dict[str, Any] = {
-            name: float(value) if name in trainer.dynamic and isinstance(value, (int, float)) else value
-            for name, value in hparams.items()
-        }
-        self.clip = self.floats["grad_clip_norm"]
-        self.tensors = {
-            name: torch.tensor(value, dtype=trainer.dtype, device=trainer.device)
-            if name in trainer.dynamic
-            else value
-            for name, value in self.floats.items()
-        }
-        self.noise = base.noise_seed(trainer.seed, trial)
-        self.noise_keys = [b for n, b in self.model.named_buffers() if n.rpartition(".")[2] == "noise_key"]
-
-    def step(self, batch: Mapping[str, Tensor]) -> None:
-        """One optimizer step. Everything random in it derives from (seed, trial, step)."""
-        key = base.step_key(self.noise, self.steps)
-        for buffer in self.noise_keys:
-            buffer.fill_(key)
-        torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
-        if self.trainer.device.type == "cuda":
-            torch.cuda.manual_seed(key & 0xFFFFFFFF)
-        loss = self.trainer.task.loss(self.model, batch, self.tensors)
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
-        self.steps += 1
-        if math.isfinite(self.clip):
-            norm = optim.clip_norm_(grads, self.clip)
-            self.sums["grad_norm"] += norm
-            self.sums["clipped"] += norm > self.clip
-        optim.step_(self.optimizer, self.params, grads, self.slot_lists, self.steps, self.floats)
-        self.sums["loss"] += loss.detach()
-
-    def store(self, batch: int) -> None:
-        """Back into the population; `batch` batches into the epoch (0: the epoch is done)."""
-        for mine, group in ((self.learned, "params"), (self.kept, "buffers"), (self.slots, "slots")):
-            for name, tensor in mine.items():
-                self.views[group][name].copy_(tensor)
-        for name, tensor in self.sums.items():
-            self.views["sums"][name].copy_(tensor if batch else torch.zeros_like(tensor))
-        self.population.step[self.i] = self.steps
-        self.population.batch[self.i] = batch
+    def _keep_if_best(self, population: Population, i: int, member: Member, score: float) -> None:
+        before = population.best[i]
+        if before is None or (self.keep is not None and self.keep.better(score, before)):
+            population.best[i], population.best_epoch[i] = score, population.epoch[i]
+            member.keep()

@@ -1,0 +1,221 @@
+"""`split`: train, valid and hold-out are kept apart before anything is learned from a row."""
+
+# N rows, T steps, F features
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from hpt_torch.data.base import Data, Rows
+from hpt_torch.seeding import derive_seed, generator
+from hpt_torch.types import TaskError
+
+Array = Tensor | np.ndarray
+
+
+def split(
+    inputs: Array,
+    targets: Array,
+    *,
+    valid_fraction: float = 0.2,
+    holdout_fraction: float = 0.2,
+    stratify: bool | None = None,
+    standardise: bool | Sequence[bool] = False,
+    seed: int = 0,
+    name: str = "data",
+    lengths: Array | None = None,
+    valid: Mapping[str, Array] | None = None,
+    holdout: Mapping[str, Array] | None = None,
+    classes: Sequence[str] = (),
+) -> Data:
+    """Splits rows at random into train, valid and hold-out.
+
+    inputs: (N, *shape), made float32 unless integer; targets: (N,) integers (classes), (N, T) integers (a
+    class at every step) or (N, …) reals.
+    stratify: keep the share of each class equal (default: for targets of one integer a row).
+    standardise: subtract the mean and divide by the standard deviation of each feature *of the train rows*;
+    a sequence of F booleans names the features it is done to. Sequences (N, T, F) have one mean a feature,
+    over all rows and steps that are not padding, and their padding becomes 0.
+    lengths: (N,) integers, the steps of each row that are not padding.
+    valid, holdout: parts that came ready-made, as mappings with `inputs`, `targets` (and `lengths`). Then no
+    row is drawn for that part; `holdout_fraction` 0 leaves a ready-made hold-out away.
+    classes: the names of the classes, in the order of their numbers.
+    """
+    for label, fraction in (("valid_fraction", valid_fraction), ("holdout_fraction", holdout_fraction)):
+        if not 0 <= fraction < 1:
+            raise TaskError(f"{label} must be in [0, 1), got {fraction}")
+    pool = _checked({"inputs": inputs, "targets": targets, "lengths": lengths}, "")
+    parts: dict[str, dict[str, Tensor]] = {}
+    if valid is not None:
+        parts["valid"] = _checked(valid, "valid ", like=pool)
+    if holdout is not None and holdout_fraction:
+        parts["holdout"] = _checked(holdout, "holdout ", like=pool)
+    y, rows = pool["targets"], len(pool["targets"])
+    by_class = not y.is_floating_point()
+    stratify = by_class and y.dim() == 1 if stratify is None else stratify
+
+    drawn = {"holdout": 0 if holdout is not None else round(holdout_fraction * rows)}
+    drawn["valid"] = 0 if valid is not None else round(valid_fraction * rows)
+    if not drawn["valid"] and valid is None:
+        raise TaskError(
+            f"valid_fraction must leave at least one row to score trials on, got {valid_fraction} of {rows} "
+            "rows; raise it"
+        )
+    if sum(drawn.values()) >= rows:
+        raise TaskError(
+            f"valid_fraction and holdout_fraction must leave rows to train on, got {valid_fraction} and "
+            f"{holdout_fraction} of {rows} rows; lower one of them"
+        )
+    rest = np.arange(rows)
+    for part, count in drawn.items():
+        if not count:
+            continue
+        labels = y[torch.from_numpy(rest)].numpy() if stratify else None
+        try:
+            rest, chosen = train_test_split(
+                rest, test_size=count, random_state=derive_seed(seed, "split", part, bits=32), stratify=labels
+            )
+        except ValueError as error:
+            raise TaskError(
+                f"cannot split off {count} of {len(rest)} rows for {part}: {error}; change {part}_fraction, "
+                "bring more rows, or pass stratify=False to split()"
+            ) from error
+        parts[part] = _taken(pool, chosen)
+    parts["train"] = _taken(pool, rest)
+    if standardise is not False:
+        _standardise(parts, standardise)
+    for tensors in parts.values():
+        if tensors["inputs"].is_floating_point():
+            tensors["inputs"] = tensors["inputs"].float()
+    return Data(
+        train=Rows(parts["train"]),
+        valid=Rows(parts["valid"]),
+        holdout=Rows(parts["holdout"]) if "holdout" in parts else None,
+        out_features=_out_features(parts, classes),
+        name=name,
+        classes=tuple(classes),
+    )
+
+
+def stratified_subset(labels: Array, rows: int, seed: int, *path: str | int) -> Tensor:
+    """Sorted indices, shape (rows,), of a random subset with the class shares of `labels` (N,).
+
+    A smaller subset of the same seed and path is part of a larger one. Written out because scikit-learn's
+    splitter refuses where fewer rows than classes would be left over.
+    """
+    labels = np.asarray(labels)
+    order = generator(seed, "subset", *path).permutation(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
+        place[of_class] = (np.arange(len(of_class)) + 0.5) / len(of_class)
+    return torch.from_numpy(np.sort(order[np.argsort(place[order], kind="stable")[:rows]]))
+
+
+def _taken(pool: Mapping[str, Tensor], index: np.ndarray) -> dict[str, Tensor]:
+    chosen = torch.from_numpy(np.sort(index))
+    return {name: tensor[chosen] for name, tensor in pool.items()}
+
+
+def _checked(
+    arrays: Mapping[str, Array | None], part: str, like: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Tensors of the dtypes that `split` promises, but for inputs: they stay wide until standardised."""
+    tensors: dict[str, Tensor] = {}
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        try:
+            tensor = torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array)
+        except TypeError as error:
+            raise TaskError(f"{part}{name} must hold numbers: {error}") from error
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
+            raise TaskError(
+                f"{part}{name} must be finite; rows {bad.nonzero().flatten()[:5].tolist()} are not: "
+                "drop or fill them first"
+            )
+        tensors[name] = tensor
+    x, y = tensors["inputs"], tensors["targets"]
+    if len(x) != len(y):
+        raise TaskError(
+            f"{part}inputs and targets must have the same number of rows, got {len(x)} and {len(y)}"
+        )
+    tensors["targets"] = y.float() if y.is_floating_point() else y.long()
+    if not y.is_floating_point() and len(y) and int(tensors["targets"].min()) < 0:
+        raise TaskError(
+            f"{part}targets must be class numbers from 0, got {int(y.min())}; number the classes from 0, or "
+            "make the targets float for a regression"
+        )
+    if "lengths" in tensors:
+        tensors["lengths"] = _checked_lengths(tensors["lengths"], x, part)
+    if like is None:
+        return tensors
+    for name in ("inputs", "targets"):
+        shape, other = tuple(tensors[name].shape[1:]), tuple(like[name].shape[1:])
+        real, other_real = tensors[name].is_floating_point(), like[name].is_floating_point()
+        if shape != other or real != other_real:
+            raise TaskError(
+                f"{part}{name} must look like those of train, got {tensors[name].dtype} {shape} a row "
+                f"beside {like[name].dtype} {other}"
+            )
+    if ("lengths" in tensors) != ("lengths" in like):
+        raise TaskError(f"{part}lengths must be given for every part or for none")
+    return tensors
+
+
+def _checked_lengths(lengths: Tensor, x: Tensor, part: str) -> Tensor:
+    if lengths.is_floating_point() or lengths.shape != x.shape[:1] or x.dim() < 2:
+        raise TaskError(
+            f"{part}lengths must be one integer a row of inputs (N, T, …), got {lengths.dtype} "
+            f"{tuple(lengths.shape)} for inputs {tuple(x.shape)}"
+        )
+    lengths = lengths.long()
+    bad = ((lengths < 1) | (lengths > x.shape[1])).nonzero().flatten()
+    if len(bad):
+        raise TaskError(
+            f"{part}lengths must be from 1 to the {x.shape[1]} steps of inputs, got {int(lengths[bad[0]])} "
+            f"in row {int(bad[0])}"
+        )
+    return lengths
+
+
+def _standardise(parts: dict[str, dict[str, Tensor]], chosen: bool | Sequence[bool]) -> None:
+    train = parts["train"]
+    seen = train["inputs"].double()
+    if seen.dim() == 3:
+        steps = _steps(train)
+        seen = seen.flatten(0, 1) if steps is None else seen[steps]
+    mean, std = seen.mean(dim=0), seen.std(dim=0, correction=0)
+    std = torch.where(std > 0, std, torch.ones_like(std))  # a feature that never varies becomes 0
+    if not isinstance(chosen, bool):
+        mask = torch.tensor(list(chosen), dtype=torch.bool)
+        mean, std = torch.where(mask, mean, 0.0), torch.where(mask, std, 1.0)
+    for tensors in parts.values():
+        x = (tensors["inputs"].double() - mean) / std
+        steps = _steps(tensors) if x.dim() == 3 else None
+        tensors["inputs"] = x if steps is None else x * steps.unsqueeze(-1)
+
+
+def _steps(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """(N, T), true where a step is not padding; None where there is no padding."""
+    if "lengths" not in tensors:
+        return None
+    return torch.arange(tensors["inputs"].shape[1]) < tensors["lengths"].unsqueeze(1)
+
+
+def _out_features(parts: Mapping[str, Mapping[str, Tensor]], classes: Sequence[str]) -> int:
+    y = parts["train"]["targets"]
+    if y.is_floating_point():
+        return max(1, int(np.prod(y.shape[1:])))
+    top = max(int(tensors["targets"].max()) for tensors in parts.values() if tensors["targets"].numel())
+    if classes and top >= len(classes):
+        raise TaskError(
+            f"targets must be numbers of the {len(classes)} classes named, got {top}; name them all"
+        )
+    return len(classes) or top + 1

@@ -1,0 +1,270 @@
+"""The built-in tasks (classification, regression, reconstruction), and how recipes name a task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpt_torch import hparams as h
+from hpt_torch import metrics as m
+from hpt_torch.data import DATASETS, Data
+from hpt_torch.hparams import HParamSpec, by_name
+from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
+from hpt_torch.models.augment import augment
+from hpt_torch.task import GIVEN, Batch, Task, model_specs, resolve
+from hpt_torch.types import HParams, InfeasibleError, Objective, TaskError
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "rnn": RNN,
+    "autoencoder": Autoencoder,
+    "linear": Linear,
+}
+
+
+class Supervised(Task):
+    """What the built-in tasks share: a model factory, data, and the metrics that are wanted.
+
+    model: called with the hyperparameters that its signature names (and with `input_shape`, `out_features`
+    and `vocabulary` where it names those). Its keyword defaults are the hyperparameters' defaults. The
+    attribute `dynamic_hparams`, if it has one, names those that it keeps as buffers of the same name. Where
+    the data has `lengths`, they are the model's second argument.
+    """
+
+    own_hparams: tuple[HParamSpec, ...] = ()
+    known_metrics: tuple[str, ...] = ()
+
+    def __init__(
+        self, model: Callable[..., nn.Module], data: Data, *, metrics: Sequence[str] | None = None
+    ) -> None:
+        if not callable(model) or isinstance(model, nn.Module):
+            raise TaskError(
+                f"model must be a factory (a class or function that returns a new nn.Module), got {model!r}; "
+                "pass the class, or a lambda that builds it"
+            )
+        if not isinstance(data, Data):
+            raise TaskError(
+                f"data must be a hpt_torch.Data, got {type(data).__name__}; hpt_torch.split makes one"
+            )
+        default = (self.objective.metric.removeprefix("valid/"),)
+        self.metric_names = tuple(dict.fromkeys(metrics)) if metrics else default
+        unknown = [name for name in self.metric_names if name not in self.known_metrics]
+        if unknown:
+            raise TaskError(f"metrics: must be among {', '.join(self.known_metrics)}, got {unknown[0]!r}")
+        if metrics:
+            first = self.metric_names[0]
+            direction = "maximize" if first in m.MAXIMIZED else "minimize"
+            self.objective = Objective(metric=f"valid/{first}", direction=direction)  # type: ignore[arg-type]
+        self._factory, self._data = model, data
+        self._model_specs = model_specs(model)
+        self._images = data.train.tensors["inputs"].dim() == 4
+        self._check_names()
+        self.name = f"{getattr(model, '__name__', type(model).__name__)}-{data.name}"
+
+    def _check_names(self) -> None:
+        clash = sorted(set(self._model_specs) & {spec.name for spec in self._training_specs()})
+        if clash:
+            raise TaskError(
+                f"{self._factory!r}: argument {clash[0]!r} is the name of a training hyperparameter; "
+                "rename it"
+            )
+
+    def _training_specs(self) -> tuple[HParamSpec, ...]:
+        return (*h.TRAINING, *self.own_hparams, *(h.AUGMENTATION if self._images else ()))
+
+    def data(self) -> Data:
+        return self._data
+
+    def hparam_specs(self) -> dict[str, HParamSpec]:
+        return by_name((*self._training_specs(), *self._model_specs.values()))
+
+    def build_model(self, hparams: HParams) -> nn.Module:
+        arguments: dict[str, Any] = {name: hparams[name] for name in self._model_specs if name in hparams}
+        parameters = inspect.signature(self._factory).parameters
+        arguments.update({name: value for name, value in self._given().items() if name in parameters})
+        try:
+            return self._factory(**arguments)
+        except ValueError as error:
+            raise InfeasibleError(str(error)) from error
+
+    def _given(self) -> dict[str, Any]:
+        """What the data decides of a model, by the names in `GIVEN`."""
+        inputs = self._data.train.tensors["inputs"]
+        vocabulary = None
+        if inputs.dtype == torch.int64:
+            vocabulary = max(self._data.out_features, int(inputs.max()) + 1)
+        return dict(zip(GIVEN, (self._data.input_shape, self._data.out_features, vocabulary), strict=True))
+
+    def forward(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any] | None = None) -> Tensor:
+        """The model's output; with hparams (in training) of augmented images where `augment` is on."""
+        inputs = batch["inputs"]
+        if hparams is not None and self._images and hparams["augment"]:
+            strengths = (hparams[name] for name in ("crop_padding", "flip_probability", "cutout_size"))
+            inputs = augment(inputs, hparams["noise_key"], *strengths)
+        output: Tensor = model(inputs, batch["lengths"]) if "lengths" in batch else model(inputs)
+        return output
+
+    def sources(self) -> Sequence[Any]:
+        return (type(self), self._factory)
+
+
+class Classification(Supervised):
+    """One of `data.out_features` classes for each row (or for each step of it).
+
+    metrics: of accuracy, top5, f1, precision, recall (macro means) and roc_auc; the first one is optimised.
+    """
+
+    objective = Objective(metric="valid/accuracy", direction="maximize")
+    own_hparams = h.CLASSIFICATION
+    known_metrics = m.CLASSIFICATION
+
+    def __init__(
+        self, model: Callable[..., nn.Module], data: Data, *, metrics: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(model, data, metrics=metrics)
+        targets = data.train.tensors["targets"]
+        if targets.is_floating_point():
+            raise TaskError(
+                "classification needs integer targets (class numbers), got real ones: use Regression"
+            )
+        counts = torch.bincount(targets.reshape(-1), minlength=data.out_features)
+        if "roc_auc" in self.metric_names:
+            for part in (data.valid, data.holdout):
+                if (
+                    part is not None
+                    and len(torch.bincount(part.tensors["targets"]).nonzero()) < data.out_features
+                ):
+                    raise TaskError("metrics: roc_auc needs rows of every class in valid and hold-out")
+        self._weights_C = targets.numel() / (data.out_features * counts.clamp(min=1).double())
+
+    def loss(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any]) -> Tensor:
+        logits = self.forward(model, batch, hparams)
+        weights_C = None
+        if hparams["class_weights"] == "balanced":
+            weights_C = self._weights_C = self._weights_C.to(logits.device, logits.dtype)
+        function = m.cross_entropy if hparams["loss"] == "cross_entropy" else m.binary_cross_entropy
+        return function(logits, batch["targets"], hparams["label_smoothing"], weights_C)
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return m.classification_sums(self.forward(model, batch), batch["targets"], self.metric_names)
+
+    def finalize(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
+        return m.classification_metrics(sums, self.metric_names)
+
+
+class Regression(Supervised):
+    """Real values for each row. Metrics: loss, mse, mae and r2, all of them; `metrics` names the one to
+    optimise first (default: mse)."""
+
+    objective = Objective(metric="valid/mse", direction="minimize")
+    own_hparams = h.REGRESSION
+    known_metrics = m.REGRESSION
+
+    def _expected(self, batch: Batch, output: Tensor) -> Tensor:
+        return batch["targets"].reshape(output.shape)
+
+    def loss(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any]) -> Tensor:
+        output = self.forward(model, batch, hparams)
+        return m.regression_loss(
+            hparams["loss"], output, self._expected(batch, output), hparams["huber_delta"]
+        )
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        output = self.forward(model, batch)
+        expected = self._expected(batch, output)
+        return m.regression_sums(output, expected, m.regression_loss("mse", output, expected))
+
+    def finalize(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
+        return m.regression_metrics(sums)
+
+
+class Reconstruction(Regression):
+    """The inputs themselves: an autoencoder. Targets, if the data has any, are not read."""
+
+    own_hparams = h.RECONSTRUCTION
+
+    def _expected(self, batch: Batch, output: Tensor) -> Tensor:
+        return batch["inputs"].reshape(output.shape)
+
+
+# -- recipes -------------------------------------------------------------------------------------------
+
+KINDS: dict[str, type[Supervised]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "reconstruction": Reconstruction,
+}
+
+
+def from_names(
+    *,
+    kind: str = "classification",
+    model: str = "mlp",
+    data: str = "digits",
+    valid_fraction: float = 0.2,
+    holdout_fraction: float = 0.2,
+    data_options: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] | None = None,
+    seed: int = 0,
+    allow_import: Sequence[str] = (),
+) -> Task:
+    """The task a recipe names. Raises TaskError whose text begins with the field."""
+    if ":" in kind:
+        task = _resolved("kind", kind, allow_import)()
+        if not isinstance(task, Task):
+            raise TaskError(f"task.kind: {kind} must give a hpt_torch.Task, gave {type(task).__name__}")
+        return task
+    if kind not in KINDS:
+        hint = "; this run was started from Python: run its script again" if kind == "python" else ""
+        raise TaskError(f"task.kind: must be {', '.join(KINDS)} or module:factory, got {kind!r}{hint}")
+    if ":" not in model and model not in MODELS:
+        raise TaskError(f"task.model: must be {', '.join(MODELS)} or module:factory, got {model!r}")
+    factory = _resolved("model", model, allow_import) if ":" in model else MODELS[model]
+    fractions = {"valid_fraction": valid_fraction, "holdout_fraction": holdout_fraction, "seed": seed}
+    made = _make_data(data, {**fractions, **(data_options or {})}, fractions, allow_import)
+    try:
+        return KINDS[kind](factory, made, metrics=metrics)
+    except TaskError as error:
+        raise TaskError(
+            f"task.{error}" if str(error).startswith("metrics: ") else f"task.kind: {error}"
+        ) from error
+
+
+def _make_data(
+    name: str, options: Mapping[str, Any], fractions: Mapping[str, Any], allow_import: Sequence[str]
+) -> Data:
+    if ":" in name:
+        function = _resolved("data", name, allow_import)
+    elif name in DATASETS:
+        function = DATASETS[name]
+    else:
+        raise TaskError(f"task.data: must be {', '.join(DATASETS)} or module:factory, got {name!r}")
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option in options:
+        if option not in parameters and not takes_any and option not in fractions:
+            known = ", ".join(p for p in parameters if p not in fractions) or "none"
+            raise TaskError(f"task.data_options.{option}: is not an option of {name}; it has: {known}")
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options
+               and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]  # fmt: skip
+    if missing:
+        raise TaskError(f"task.data_options.{missing[0]}: must be given for {name}")
+    try:
+        made = function(**{k: v for k, v in options.items() if k in parameters or takes_any})
+    except TaskError as error:
+        raise TaskError(f"task.data: {error}") from error
+    if not isinstance(made, Data):
+        raise TaskError(f"task.data: {name} must give a hpt_torch.Data, gave {type(made).__name__}")
+    return made
+
+
+def _resolved(field: str, name: str, allow_import: Sequence[str]) -> Any:
+    try:
+        return resolve(name, allow_import)
+    except TaskError as error:
+        raise TaskError(f"task.{field}: {error}") from error

@@ -1,0 +1,180 @@
+"""One member taken out of its population: a real module that is trained with plain autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hpt_torch import lr_schedules, optim
+from hpt_torch.population import Population
+from hpt_torch.trainers import base
+
+if TYPE_CHECKING:
+    from hpt_torch.trainers.loop import LoopTrainer
+
+
+class Member:
+    """Member i of a population, in memory of its own.
+
+    Kernels may round differently on differently aligned memory, so members are trained in a copy and stored
+    back: the result does not depend on the position in the stack.
+    """
+
+    def __init__(self, trainer: LoopTrainer, population: Population, i: int) -> None:
+        self.trainer, self.population, self.i = trainer, population, i
+        hparams, trial = population.hparams[i], population.trials[i]
+        self.model = trainer.module(hparams, trial)
+        base.set_hparams(self.model, hparams, trainer.dynamic)
+        self.views = population.member(i)
+        self.learned, self.fixed = trainer.split(self.model, hparams)
+        for mine, group in ((self.learned, "params"), (self.fixed, "buffers")):
+            for name, tensor in mine.items():
+                tensor.copy_(self.views[group][name])
+        named = dict(self.model.named_parameters())
+        self.params = [named[name] for name in self.learned]
+        self.slots = {n: t.clone(memory_format=torch.preserve_format) for n, t in self.views["slots"].items()}
+        self.sums = {name: t.clone() for name, t in self.views["sums"].items()}
+        self.steps = population.step[i]
+        self._read_hparams(hparams)
+        self.noise = base.noise_seed(trainer.seed, trial)
+        self.noise_keys = [b for n, b in self.model.named_buffers() if n.rpartition(".")[2] == "noise_key"]
+        self.noise_keys.append(self.tensors["noise_key"])
+        self._cuda = trainer.device.type == "cuda"
+
+    def _read_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Hyperparameters as the step reads them: floats for kernels, tensors for the task's loss."""
+        trainer = self.trainer
+        self.h: dict[str, Any] = {
+            name: float(value) if name in trainer.dynamic and value is not None else value
+            for name, value in hparams.items()
+        }
+        self.tensors: dict[str, Any] = {
+            name: torch.tensor(value, dtype=trainer.dtype, device=trainer.device)
+            if name in trainer.dynamic and value is not None
+            else value
+            for name, value in self.h.items()
+        }
+        self.tensors["noise_key"] = torch.zeros((), dtype=torch.int32, device=trainer.device)
+        self.optimizer = str(hparams["optimizer"])
+        dims = [parameter.dim() for parameter in self.params]
+        self.groups = optim.groups(
+            list(self.learned), dims, self.h["head"], bool(self.h["decay_norm_and_bias"])
+        )
+        names = list(self.learned)
+        self.group_slots = [
+            {
+                slot: [self.slots[f"{slot}/{names[i]}"] for i in group.indices]
+                for slot in optim.SLOTS[self.optimizer]
+            }
+            for group in self.groups
+        ]
+        self.averaged = [self.slots[f"ema/{name}"] for name in names] if self.h["ema"] else []
+        self.clips = math.isfinite(self.h["grad_clip_norm"]) or math.isfinite(self.h["grad_clip_value"])
+
+    def lr_factors(self, batches: int) -> list[float]:
+        """The schedule's factors at every step of the epoch that the member is in."""
+        epoch, epochs = self.population.epoch[self.i], self.trainer.epochs
+        factors: list[float] = lr_schedules.factors(
+            str(self.h["schedule"]), epoch, batches, epochs, self.h
+        ).tolist()
+        return factors
+
+    # -- one step --------------------------------------------------------------------------------------
+
+    def step(self, batch: Mapping[str, Tensor], lr_factor: float) -> None:
+        """One optimizer step. Everything random in it derives from (seed, trial, step)."""
+        key = base.step_key(self.noise, self.steps)
+        for buffer in self.noise_keys:
+            buffer.fill_(key)
+        torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
+        if self._cuda:
+            torch.cuda.manual_seed(key & 0xFFFFFFFF)
+        loss, grads = self._gradients(batch)
+        self.steps += 1
+        for group in self.groups:
+            if group.decays and (self.h["l1"] or self.h["l2"]):
+                added = optim.add_penalty(
+                    [self.params[i] for i in group.indices],
+                    [grads[i] for i in group.indices],
+                    self.h["l1"],
+                    self.h["l2"],
+                )
+                for i, grad in zip(group.indices, added, strict=True):
+                    grads[i] = grad
+        if self.clips:
+            grads, norm, touched = optim.clip(grads, self.h["grad_clip_norm"], self.h["grad_clip_value"])
+            self.sums["grad_norm"] += norm
+            self.sums["clipped"] += touched
+        lr = self.h["lr"] * lr_factor
+        for group, slots in zip(self.groups, self.group_slots, strict=True):
+            h = {**self.h, "lr": lr * self.h["head_lr_factor"] if group.head else lr}
+            if not group.decays:
+                h["weight_decay"] = 0.0
+            members = [self.params[i] for i in group.indices]
+            optim.step_(self.optimizer, members, [grads[i] for i in group.indices], slots, self.steps, h)
+        if self.averaged:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averaged, list(self.learned.values()), 1 - self.h["ema_decay"])
+        self.sums["loss"] += loss
+
+    def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of the batch, in one piece or added up over its parts."""
+        task, rows = self.trainer.task, len(next(iter(batch.values())))
+        parts = min(int(self.h["accumulation_steps"]), rows)
+        loss, grads = torch.zeros((), device=self.trainer.device), None
+        for part in range(parts):
+            start, stop = rows * part // parts, rows * (part + 1) // parts
+            piece = batch if parts == 1 else {name: tensor[start:stop] for name, tensor in batch.items()}
+            with base.cast(self.trainer.probe, self.trainer.autocast):
+                share = task.loss(self.model, piece, self.tensors)
+            if parts > 1:
+                share = share * ((stop - start) / rows)
+            new = torch.autograd.grad(share, self.params, allow_unused=True, materialize_grads=True)
+            grads = list(new) if grads is None else list(torch._foreach_add(grads, list(new)))
+            loss = share.detach() if parts == 1 else loss + share.detach()
+        assert grads is not None
+        return loss, grads
+
+    # -- between steps ---------------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, float]:
+        """Metrics on train and valid, with the averaged weights where the member has them."""
+        self._swap_averaged()
+        try:
+            return {
+                f"{part}/{name}": value
+                for part, rows in (("train", self.trainer.probe), ("valid", self.trainer.data.valid))
+                for name, value in base.evaluate(
+                    self.trainer.task, self.model, rows, self.trainer.autocast
+                ).items()
+            }
+        finally:
+            self._swap_averaged()
+
+    def _swap_averaged(self) -> None:
+        for parameter, average in zip(self.params, self.averaged, strict=False):
+            mine = parameter.detach().clone()
+            parameter.detach().copy_(average)
+            average.copy_(mine)
+
+    def keep(self) -> None:
+        """Makes the weights of this epoch the ones that the trial keeps."""
+        for name, tensor in self.learned.items():
+            source = self.slots[f"ema/{name}"] if self.averaged else tensor
+            self.views["kept"][name].copy_(source)
+        for name, tensor in self.fixed.items():
+            self.views["kept"][name].copy_(tensor)
+
+    def store(self, batch: int) -> None:
+        """Back into the population; `batch` batches into the epoch (0: the epoch is done)."""
+        for mine, group in ((self.learned, "params"), (self.fixed, "buffers"), (self.slots, "slots")):
+            for name, tensor in mine.items():
+                self.views[group][name].copy_(tensor)
+        for name, tensor in self.sums.items():
+            self.views["sums"][name].copy_(tensor if batch else torch.zeros_like(tensor))
+        self.population.step[self.i] = self.steps
+        self.population.batch[self.i] = batch

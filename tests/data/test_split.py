@@ -1,0 +1,220 @@
+"""`split` and `Data`: parts are disjoint, exhaustive, stable, and learn only from train."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpt_torch.data import Data, Rows, split
+from hpt_torch.data.splits import stratified_subset
+from hpt_torch.types import TaskError
+
+CPU = torch.device("cpu")
+
+
+def numbered(rows: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs that are their own row number, so that a row can be followed into its part."""
+    return np.arange(rows, dtype=np.float64)[:, None], np.arange(rows) % classes
+
+
+def parts_of(data: Data) -> list[Rows]:
+    return [part for part in (data.train, data.valid, data.holdout) if part is not None]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(40, 200),
+    valid=st.sampled_from([0.1, 0.2, 0.4]),
+    holdout=st.sampled_from([0.0, 0.1, 0.4]),
+    seed=st.integers(0, 2**40),
+)
+def test_parts_are_disjoint_and_exhaustive(rows: int, valid: float, holdout: float, seed: int) -> None:
+    data = split(*numbered(rows), valid_fraction=valid, holdout_fraction=holdout, seed=seed)
+    seen = torch.cat([part.tensors["inputs"].flatten() for part in parts_of(data)])
+    assert sorted(seen.tolist()) == list(range(rows))
+    assert len(data.valid) == round(valid * rows)
+    assert (len(data.holdout) if data.holdout else 0) == round(holdout * rows)
+    for part in parts_of(data):  # a row keeps its target
+        x, y = part.tensors["inputs"].flatten(), part.tensors["targets"]
+        assert torch.equal(x.long() % 3, y)
+
+
+def test_same_seed_same_split_and_another_seed_another() -> None:
+    first, again, other = (split(*numbered(100), seed=seed) for seed in (4, 4, 5))
+    assert first.fingerprint() == again.fingerprint()
+    assert first.fingerprint() != other.fingerprint()
+
+
+def test_class_shares_are_kept() -> None:
+    targets = np.repeat([0, 1, 2], [700, 200, 100])
+    data = split(np.zeros((1000, 1)), targets, seed=1)
+    for part in parts_of(data):
+        shares = torch.bincount(part.tensors["targets"]).double() / len(part)
+        torch.testing.assert_close(
+            shares, torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), atol=0.006, rtol=0
+        )
+
+
+def test_statistics_come_from_train_only() -> None:
+    inputs, targets = numbered(100)
+    data = split(inputs * 3 + 7, targets, standardise=True)
+    train = data.train.tensors["inputs"]
+    torch.testing.assert_close(train.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(train.std(correction=0), torch.tensor(1.0))
+    raw = split(inputs * 3 + 7, targets)
+    mean, std = raw.train.tensors["inputs"].mean(), raw.train.tensors["inputs"].std(correction=0)
+    assert abs(data.valid.tensors["inputs"].mean()) > 1e-4
+    torch.testing.assert_close(data.valid.tensors["inputs"], (raw.valid.tensors["inputs"] - mean) / std)
+
+
+def test_standardise_names_features_and_leaves_constants_finite() -> None:
+    inputs = np.stack([np.arange(50.0), np.arange(50.0), np.full(50, 5.0)], axis=1)
+    data = split(inputs, np.arange(50) % 2, standardise=[True, False, True])
+    train = data.train.tensors["inputs"]
+    assert abs(float(train[:, 0].mean())) < 1e-6
+    assert set(train[:, 1].tolist()) <= set(range(50))
+    assert train[:, 2].abs().max() == 0
+
+
+def test_large_values_are_standardised_before_they_lose_digits() -> None:
+    seconds = 1.7e9 + np.arange(100.0)  # float32 knows only every 128th of them
+    data = split(seconds[:, None], np.arange(100) % 2, standardise=True)
+    assert len(data.train.tensors["inputs"].unique()) == len(data.train)
+
+
+def test_sequences_have_one_mean_a_feature_and_padding_counts_for_nothing() -> None:
+    draw = np.random.Generator(np.random.PCG64(0))
+    lengths = draw.integers(2, 6, size=60)
+    real = np.arange(6)[None, :, None] < lengths[:, None, None]
+    inputs = np.where(real, draw.normal(4, 2, (60, 6, 3)), 999.0)
+    data = split(inputs, np.arange(60) % 2, lengths=lengths, standardise=True)
+    x, n = data.train.tensors["inputs"], data.train.tensors["lengths"]
+    valid = torch.arange(6) < n[:, None]
+    torch.testing.assert_close(x[valid].mean(dim=0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x[valid].std(dim=0, correction=0), torch.ones(3))
+    assert x[~valid].abs().max() == 0
+
+
+def test_ready_made_parts_are_kept_whole() -> None:
+    inputs, targets = numbered(50)
+    test = {"inputs": inputs[:9] + 100, "targets": targets[:9]}
+    data = split(inputs, targets, holdout=test)
+    assert (len(data.train), len(data.valid)) == (40, 10)
+    assert data.holdout is not None
+    assert data.holdout.tensors["inputs"].flatten().tolist() == list(range(100, 109))
+    assert split(inputs, targets, holdout=test, holdout_fraction=0).holdout is None
+    both = split(inputs, targets, valid=test, holdout=test)
+    assert (len(both.train), len(both.valid)) == (50, 9)
+
+
+def test_targets_decide_out_features_and_dtype() -> None:
+    x = np.zeros((30, 2))
+    assert split(x, np.arange(30) % 4).out_features == 4
+    assert split(x, np.arange(30.0)).out_features == 1
+    several = split(x, np.zeros((30, 5)))
+    assert (several.out_features, several.train.tensors["targets"].dtype) == (5, torch.float32)
+    steps = split(x, np.tile(np.arange(3), (30, 1)))
+    assert (steps.out_features, steps.train.tensors["targets"].dtype) == (3, torch.int64)
+    assert split(x, np.arange(30) % 2, classes=["a", "b", "c"]).out_features == 3
+
+
+def test_a_subset_keeps_shares_and_grows() -> None:
+    labels = np.repeat([0, 1], [90, 10])
+    small, large = (stratified_subset(labels, rows, 3, "train") for rows in (20, 50))
+    assert np.bincount(labels[small.numpy()]).tolist() == [18, 2]
+    assert set(small.tolist()) < set(large.tolist())
+    assert stratified_subset(labels, 99, 3).shape == (99,)
+
+
+def pixels(seed: int = 0) -> Data:
+    draw = np.random.Generator(np.random.PCG64(seed))
+    images = draw.integers(0, 256, (40, 3, 4, 4), dtype=np.uint8)
+    data = split(images, np.arange(40) % 2)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).reshape(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1)
+    return Data(train=data.train, valid=data.valid, holdout=data.holdout, out_features=2, mean=mean, std=std)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_uint8_images_are_normalised_on_the_way_to_the_device(dtype: torch.dtype) -> None:
+    data = pixels()
+    moved = data.to(CPU, dtype)
+    for part, before in zip(parts_of(moved), parts_of(data), strict=True):
+        x = part.tensors["inputs"]
+        wanted = (before.tensors["inputs"].double() / 255 - data.mean) / data.std
+        assert x.dtype == dtype
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(
+            x.double(), wanted, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+        )
+        assert part.tensors["targets"].dtype == torch.int64
+    again = moved.to(CPU, dtype)
+    assert torch.equal(again.train.tensors["inputs"], moved.train.tensors["inputs"])
+
+
+def test_more_rows_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pixels().to(CPU, torch.float32)
+    monkeypatch.setattr("hpt_torch.data.base._CHUNK_ROWS", 7)
+    assert pixels().to(CPU, torch.float32).fingerprint() == whole.fingerprint()
+
+
+def test_uint8_without_a_mean_stays_uint8() -> None:
+    data = split(np.zeros((20, 5), dtype=np.uint8), np.arange(20) % 2).to(CPU, torch.float32)
+    assert data.train.tensors["inputs"].dtype == torch.uint8
+
+
+def test_fingerprint_covers_the_statistics() -> None:
+    import dataclasses
+
+    data = pixels()
+    assert data.mean is not None
+    changed = dataclasses.replace(data, mean=data.mean + 0.001)
+    assert changed.fingerprint() != data.fingerprint()
+    plain = dataclasses.replace(data, mean=None, std=None)
+    assert plain.fingerprint() != data.fingerprint()
+
+
+X, Y = np.zeros((20, 2)), np.arange(20) % 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"valid_fraction": 1.0}, r"valid_fraction must be in \[0, 1\), got 1.0"),
+        ({"holdout_fraction": -0.1}, r"holdout_fraction must be in \[0, 1\), got -0.1"),
+        ({"valid_fraction": 0}, "valid_fraction must leave at least one row to score trials on, got 0 of 20"),
+        (
+            {"valid_fraction": 0.5, "holdout_fraction": 0.5},
+            "must leave rows to train on, got 0.5 and 0.5 of 20",
+        ),
+        ({"targets": Y[:3]}, "inputs and targets must have the same number of rows, got 20 and 3"),
+        ({"targets": Y - 1}, "targets must be class numbers from 0, got -1; number the classes from 0"),
+        ({"targets": np.where(Y, np.nan, 1.0)}, r"targets must be finite; rows \[1, 3, 5, 7, 9\] are not"),
+        ({"inputs": X + np.inf}, r"inputs must be finite; rows \[0, 1, 2, 3, 4\] are not: drop or fill them"),
+        ({"inputs": np.array([["a"]] * 20)}, "inputs must hold numbers"),
+        (
+            {"targets": np.eye(20, dtype=int)[0]},
+            "cannot split off 4 of 20 rows for holdout: .* change holdout_f",
+        ),
+        ({"lengths": np.full(20, 3)}, "lengths must be from 1 to the 2 steps of inputs, got 3 in row 0"),
+        ({"lengths": np.ones(20)}, "lengths must be one integer a row of inputs"),
+        ({"classes": ["only"]}, "targets must be numbers of the 1 classes named, got 1; name them all"),
+        ({"holdout": {"inputs": X[:, :1], "targets": Y}}, r"holdout inputs must look like those of train"),
+        ({"valid": {"inputs": X, "targets": Y * 1.0}}, r"valid targets must look like those of train"),
+        (
+            {"valid": {"inputs": X, "targets": Y, "lengths": Y + 1}},
+            "valid lengths must be given for every part or for none",
+        ),
+    ],
+)
+def test_errors_say_rule_value_and_remedy(arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(TaskError, match=text):
+        split(**{"inputs": X, "targets": Y, **arguments})
+
+
+def test_mean_without_std_is_refused() -> None:
+    rows = Rows({"inputs": torch.zeros(2, 1)})
+    with pytest.raises(TaskError, match="mean and std must be given together"):
+        Data(train=rows, valid=rows, mean=torch.zeros(1))

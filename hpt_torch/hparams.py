@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hpt_torch.types import HParams, HParamValue
+from hpt_torch.types import HParams, HParamValue, is_int, is_number
 
 ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
@@ -59,13 +59,13 @@ class HParamSpec:
             good = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
             return None if good else f"must be a list of texts, got {value!r}"
         if self.type == "ints":
-            if not isinstance(value, (list, tuple)) or not all(map(_is_int, value)):
+            if not isinstance(value, (list, tuple)) or not all(map(is_int, value)):
                 return f"must be a list of integers, got {value!r}"
             bad = [v for v in value if not self._inside(v)]
             return f"every entry must be in {self.interval()}, got {bad[0]}" if bad else None
-        if self.type == "int" and not _is_int(value):
+        if self.type == "int" and not is_int(value):
             return f"must be an integer, got {value!r}"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        if not is_number(value) and not (isinstance(value, float) and math.isinf(value)):
             return f"must be a number, got {value!r}"
         return None if self._inside(value) else f"must be in {self.interval()}, got {value!r}"
 
@@ -73,10 +73,6 @@ class HParamSpec:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return above and below
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _spec(name: str, type: Any, default: Any = None, **rest: Any) -> HParamSpec:
@@ -95,8 +91,9 @@ def _schedule(name: str) -> Mapping[str, tuple[HParamValue, ...]]:
 
 TRAINING: tuple[HParamSpec, ...] = (
     _spec("optimizer", "str", "adam", choices=OPTIMIZERS, doc="update rule, as torch.optim's of that name"),
-    _spec("lr", "float", 1e-3, low=0, open_low=True, dynamic=True, log=True, doc="learning rate"),
-    _spec("batch_size", "int", 64, low=1, doc="samples an optimizer step; above the train rows: full batch"),
+    _spec("lr", "float", 1e-3, low=0, high=1e6, open_low=True, dynamic=True, log=True, doc="learning rate"),
+    _spec("batch_size", "int", 64, low=1, high=10**9, 
+          doc="samples an optimizer step; above the train rows: full batch"),
     _spec("accumulation_steps", "int", 1, low=1,
           doc="parts in which a batch is processed, their gradients added up: the same step in less memory"),
     _spec("weight_decay", "float", 0.0, low=0, dynamic=True, log=True,
@@ -177,9 +174,9 @@ AUGMENTATION: tuple[HParamSpec, ...] = (
 # What a model's constructor argument of one of these names must be. Which of them a model has, and their
 # defaults, its signature says; which are dynamic, its `dynamic_hparams` says.
 MODEL: tuple[HParamSpec, ...] = (
-    _spec("hidden_sizes", "ints", low=1, doc="units of each hidden layer"),
-    _spec("depth", "int", low=0, doc="number of hidden layers; with width, instead of hidden_sizes"),
-    _spec("width", "int", low=1, doc="units of every hidden layer; with depth, instead of hidden_sizes"),
+    _spec("hidden_sizes", "ints", low=1, high=10**6, doc="units of each hidden layer"),
+    _spec("depth", "int", low=0, high=1000, doc="hidden layers; with width, instead of hidden_sizes"),
+    _spec("width", "int", low=1, high=10**6, doc="units of every hidden layer; goes with depth"),
     _spec("activation", "str", choices=ACTIVATIONS, doc="non-linearity"),
     _spec("dropout", "float", **_UNIT, open_high=True, doc="share of units set to zero in training"),
     _spec("batch_norm", "bool", doc="batch normalisation before the activation"),
@@ -197,12 +194,12 @@ MODEL: tuple[HParamSpec, ...] = (
     _spec("global_pooling", "bool", doc="cnn: mean over the pixels before the head, else flatten"),
     _spec("head_sizes", "ints", low=1, doc="cnn: hidden layers of the head"),
     _spec("cell", "str", choices=("rnn", "gru", "lstm"), doc="rnn: the recurrent cell"),
-    _spec("hidden_size", "int", low=1, doc="rnn: units of each recurrent layer"),
-    _spec("num_layers", "int", low=1, doc="rnn: recurrent layers"),
+    _spec("hidden_size", "int", low=1, high=10**6, doc="rnn: units of each recurrent layer"),
+    _spec("num_layers", "int", low=1, high=1000, doc="rnn: recurrent layers"),
     _spec("bidirectional", "bool", doc="rnn: read forwards and backwards"),
     _spec("readout", "str", choices=("last", "mean", "all"), doc="rnn: last valid step, mean, or all"),
     _spec("embedding_size", "int", low=1, doc="rnn: of tokens"),
-    _spec("latent_dim", "int", low=1, doc="autoencoder: size of the code"),
+    _spec("latent_dim", "int", low=1, high=10**6, doc="autoencoder: size of the code"),
     _spec("output_activation", "str", choices=("none", "sigmoid"), doc="autoencoder: of the reconstruction"),
     _spec("bias", "bool", doc="linear: with a constant term"),
 )  # fmt: skip

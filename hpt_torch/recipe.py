@@ -24,13 +24,14 @@ from pydantic import (
 )
 
 from hpt_torch import space as spaces
+from hpt_torch.overrides import apply_overrides
 from hpt_torch.recipe_checks import cross_check, did_you_mean
-from hpt_torch.samplers import SamplerName, grid_size
-from hpt_torch.types import Problem, RecipeError
+from hpt_torch.samplers import SamplerName
+from hpt_torch.types import Problem, RecipeError, is_number
 
 MAX_BYTES = 1_000_000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _NUMBERS = {"type": "array", "minItems": 2, "maxItems": 2}
@@ -61,10 +62,10 @@ DIMENSION_SCHEMA: dict[str, Any] = {
 
 def parse_duration(raw: Any) -> float:
     """Seconds from "90s", "30m", "2h", "1d" or a number of seconds."""
-    if isinstance(raw, (int, float)) and not isinstance(raw, bool):
+    if is_number(raw):
         seconds = float(raw)
     else:
-        match = DURATION.match(raw) if isinstance(raw, str) else None
+        match = DURATION.fullmatch(raw) if isinstance(raw, str) else None
         if match is None:
             raise ValueError(f'must be a duration such as "90s", "30m" or "2h", got {raw!r}')
         seconds = float(match[1]) * _UNITS[match[2]]
@@ -82,10 +83,11 @@ DimensionField = Annotated[
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
-    WithJsonSchema({"type": ["string", "number"], "pattern": DURATION.pattern}),
+    WithJsonSchema({"type": ["string", "number"], "pattern": f"^{DURATION.pattern}$"}),
 ]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
@@ -146,7 +148,7 @@ class SearchSection(Section):
         strict=True,
         description="trials proposed together; unless given: tpe 10, gp 5, random and grid 64",
     )
-    start_with_defaults: bool = Field(
+    start_with_defaults: Flag = Field(
         default=True, description="trial 0 is the declared defaults (not for grid)"
     )
 
@@ -157,7 +159,7 @@ class TrainerSection(Section):
     epochs: Epochs = 10
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
         description="auto, cpu, cuda, cuda:1, mps",
     )
     engine: Literal["auto", "loop"] = "auto"
@@ -178,8 +180,8 @@ class TrainerSection(Section):
     autocast: Literal["none", "bfloat16"] = Field(
         default="none", description="bfloat16: matrix products of forward and backward in 16 bits"
     )
-    tf32: bool = Field(default=False, description="CUDA: matrix products in TensorFloat-32")
-    deterministic: bool = Field(
+    tf32: Flag = Field(default=False, description="CUDA: matrix products in TensorFloat-32")
+    deterministic: Flag = Field(
         default=True, description="refuse kernels that do not repeat bit for bit (CUDA)"
     )
 
@@ -188,9 +190,9 @@ class RunSection(Section):
     """Where and how the run is kept; none of it changes a result."""
 
     checkpoint_every_seconds: float = Field(
-        default=30.0, ge=0, le=1e6, description="at most so much training is repeated"
+        default=30.0, ge=0, le=1e6, strict=True, description="at most so much training is repeated"
     )
-    tensorboard: bool = True
+    tensorboard: Flag = True
 
 
 class Recipe(Section):
@@ -223,35 +225,59 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path` with ``key=value`` overrides. Raises RecipeError with every problem found."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError(str(path), [Problem("", f"must be at most {MAX_BYTES:,} bytes, has {size:,}")])
-        text = path.read_bytes().decode()
-        raw = tomllib.loads(text)
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError(str(path), [Problem("", f"must be at most {MAX_BYTES:,} bytes")])
+        raw = tomllib.loads(data.decode())
     except OSError as error:
         raise RecipeError(str(path), [Problem("", f"cannot be read: {error.strerror or error}")]) from None
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), [Problem("", f"must be UTF-8 text: {error}")]) from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise RecipeError(str(path), [Problem("", "is nested too deeply")]) from None
+    except ValueError as error:  # TOMLDecodeError, and integers of thousands of digits
         raise RecipeError(str(path), [Problem("", f"is not valid TOML: {error}")]) from None
     return build(raw, overrides, source=str(path))
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Recipe:
     """A recipe from plain data, with overrides. Raises RecipeError with every problem found."""
-    data, problems = _apply_overrides(raw, overrides)
-    recipe: Recipe | None = None
+    data, problems = apply_overrides(raw, overrides, sections=tuple(Recipe.model_fields))
     try:
         recipe = Recipe.model_validate(data)
+        problems += cross_check(recipe)
     except ValidationError as error:
         problems += [_problem(item) for item in error.errors()]
+        problems += _problems_beside(data, error)
     except RecursionError:
         problems.append(Problem("", "is nested too deeply"))
-    if recipe is not None:
-        problems += cross_check(recipe)
-    if problems or recipe is None:
+    if problems:
         raise RecipeError(source, problems)
     return recipe
+
+
+def _problems_beside(data: Mapping[str, Any], error: ValidationError) -> list[Problem]:
+    """What is wrong between the fields that are right, so that all mistakes are shown together."""
+    wrong = [tuple(map(str, item["loc"])) for item in error.errors()]
+    repaired = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+    for section, *rest in wrong:
+        table = repaired.get(section)
+        if rest and isinstance(table, dict):
+            table.pop(rest[0], None)
+        else:
+            repaired.pop(section, None)
+    try:
+        found = cross_check(Recipe.model_validate(repaired))
+    except ValidationError:
+        return []
+    touched = {location[0] if len(location) == 1 else ".".join(location[:2]) for location in wrong}
+    return [
+        p
+        for p in found
+        if not any(p.where == t or p.where.startswith(f"{t}.") for t in touched)
+        and not (p.where.startswith("search.") and "space" in {t.split(".")[0] for t in touched})
+    ]
 
 
 def planned_trials(recipe: Recipe) -> int | None:
@@ -260,55 +286,7 @@ def planned_trials(recipe: Recipe) -> int | None:
         return recipe.search.trials
     if not recipe.space:
         return 1
-    return grid_size(recipe.space) if recipe.search.sampler == "grid" else None
-
-
-# -- overrides -----------------------------------------------------------------------------------------
-
-_SECTIONS = tuple(Recipe.model_fields)
-
-
-def _apply_overrides(
-    raw: Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """``search.trials=20``, ``seed=1``, ``space.lr={float=[…]}``; a bare name that is no field of the recipe
-    is a hyperparameter: ``lr=0.01`` fixes it and takes it out of the space."""
-    data: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
-    problems: list[Problem] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        parts = key.split(".")
-        if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
-            problems.append(
-                Problem(repr(override)[:200], "an override must look like search.trials=20 or lr=0.01")
-            )
-            continue
-        if len(parts) == 1 and parts[0] not in _SECTIONS:
-            parts = ["hparams", *parts]
-        if len(parts) > 2:
-            problems.append(Problem(key, "an override names a field or section.field"))
-            continue
-        table = data
-        if len(parts) == 2:
-            table = data.setdefault(parts[0], {})
-            if not isinstance(table, dict):
-                problems.append(Problem(key, f"{parts[0]} is not a table"))
-                continue
-        table[parts[-1]] = _toml_value(text.strip())
-        other = {"hparams": "space", "space": "hparams"}.get(parts[0])
-        if other and len(parts) == 2 and isinstance(data.get(other), dict):
-            data[other].pop(parts[1], None)
-    return data, problems
-
-
-def _toml_value(text: str) -> Any:
-    """A value as TOML reads it; a bare word is a text."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
-    return parsed["value"] if set(parsed) == {"value"} else text
+    return spaces.grid_size(recipe.space) if recipe.search.sampler == "grid" else None
 
 
 # -- messages ------------------------------------------------------------------------------------------
@@ -324,9 +302,8 @@ def _problem(item: Any) -> Problem:
     match item["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
-            hint = did_you_mean(location[-1], known)
-            if not hint and (homes := _homes(location[-1])):
-                hint = f"; did you mean {homes[0]}?"
+            homes = _homes(location[-1])
+            hint = f"; did you mean {homes[0]}?" if homes else did_you_mean(location[-1], known)
             return Problem(where, f"unknown field{hint or '; known: ' + ', '.join(sorted(known))}")
         case "literal_error":
             expected = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
@@ -338,6 +315,8 @@ def _problem(item: Any) -> Problem:
             return Problem(where, f"{rule}, got {shown}")
         case "string_pattern_mismatch" if where == "trainer.device":
             return Problem(where, f"must be auto, cpu, cuda, cuda:N or mps, got {shown}")
+        case "model_type" | "dict_type":
+            return Problem(where, f"must be a table, got {shown}")
     message = item["msg"].replace("Input should be", "must be")
     return Problem(where, f"{message[:1].lower()}{message[1:]}, got {shown}")
 
@@ -360,7 +339,7 @@ def _homes(field: str) -> list[str]:
         ):
             found.append(f"{section}.{field}")
     if not found:
-        found = [name for name in _SECTIONS if name == field]
+        found = [name for name in Recipe.model_fields if name == field]
     return found
 
 

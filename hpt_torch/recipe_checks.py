@@ -26,7 +26,7 @@ def cross_check(recipe: Recipe) -> list[Problem]:
             problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))
     if recipe.search.sampler == "grid" and not problems:
         try:
-            size = sum(1 for _ in spaces.grid(recipe.space))
+            size = spaces.grid_size(recipe.space)
         except SpaceError as error:
             problems.append(Problem("search.sampler", f"grid: {error}"))
         else:
@@ -103,12 +103,15 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
 def is_read(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> bool:
     """Whether any trial of the recipe can have the values that this hyperparameter needs beside it."""
     needs = specs[name].needs or {}
-    return all(set(_possible(parent, recipe, specs)) & set(allowed) for parent, allowed in needs.items())
+    return all(
+        any(p in allowed for p in _possible(parent, recipe, specs)) for parent, allowed in needs.items()
+    )
 
 
 def _possible(name: str, recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Any]:
-    if name in recipe.space:
-        return list(recipe.space[name].values() or ())
+    dimension = recipe.space.get(name)
+    if dimension is not None:
+        return list(dimension.options) if isinstance(dimension, Choice) else [dimension.low, dimension.high]
     return [recipe.hparams.get(name, specs[name].default)]
 
 
@@ -117,7 +120,7 @@ def _check_dimension(name: str, dimension: Dimension, spec: HParamSpec) -> Itera
     if isinstance(dimension, Choice):
         for option in dimension.options:
             if what := spec.problem(option):
-                yield Problem(where, f"option {option!r} {what}")
+                yield Problem(where, f"option {spaces.thaw(option)!r}: {what}")
         return
     if spec.type in ("bool", "str", "ints"):
         yield Problem(where, f"{name} is not a number; use {{choice = [...]}}")

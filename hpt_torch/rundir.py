@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +83,11 @@ class RunDir:
         for path in self.checkpoints.iterdir():
             if path.name not in keep and (path.suffix == ".safetensors" or path.name.endswith(".tmp")):
                 path.unlink()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes state files that committed ones have replaced."""
+        for name in names:
+            (self.checkpoints / name).unlink(missing_ok=True)
 
     def write_json(self, path: Path, data: Any) -> None:
         write_atomic(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())

@@ -61,10 +61,6 @@ def suggest(
     return asked
 
 
-def grid_size(space: Space) -> int:
-    return sum(1 for _ in spaces.grid(space))
-
-
 def _make_sampler(kind: SamplerName, seed: int) -> Any:
     import optuna
 
@@ -103,8 +99,8 @@ def _suggest_one(trial: Any, name: str, dimension: spaces.Dimension) -> Any:
     if isinstance(dimension, spaces.Choice):
         return trial.suggest_categorical(name, [spaces.encode(option) for option in dimension.options])
     suggest_number = trial.suggest_float if isinstance(dimension, spaces.Float) else trial.suggest_int
-    step = {} if dimension.step in (None, 1) else {"step": dimension.step}
-    return suggest_number(name, dimension.low, dimension.high, log=spaces.is_log(name, dimension), **step)
+    limits = dimension.distribution(name)
+    return suggest_number(name, limits.low, limits.high, log=limits.log, step=limits.step)
 
 
 _OPTUNA_STATES = {
@@ -136,6 +132,8 @@ def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, i
     for trial in trials:
         score = objective.score(trial)
         state = optuna.trial.TrialState[_OPTUNA_STATES[trial.state]]
+        if state == optuna.trial.TrialState.COMPLETE and score is None:
+            state = optuna.trial.TrialState.PRUNED  # it finished without a finite value of the objective
         if state == optuna.trial.TrialState.PRUNED and impute and worst is not None:
             state, score = optuna.trial.TrialState.COMPLETE, worst
         active = {name: d for name, d in space.items() if name in trial.hparams}

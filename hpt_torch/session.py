@@ -25,10 +25,10 @@ from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.recipe import Recipe
-from hpt_torch.recipe_checks import check_hparams, is_read
+from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
 from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.rundir import RunDir, environment
-from hpt_torch.space import freeze
+from hpt_torch.space import Choice, freeze
 from hpt_torch.task import Task
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.tuner import Observer, Tuner
@@ -63,8 +63,7 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     objective = task.objective
     if recipe.objective.metric is not None and recipe.objective.direction is not None:
         objective = Objective(metric=recipe.objective.metric, direction=recipe.objective.direction)
-    if not objective.metric.startswith(("valid/", "train/")):
-        problems.append(Problem("objective.metric", f"must begin with valid/, got {objective.metric!r}"))
+    problems += _check_objective(objective, task)
     device = recipe.trainer.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         problems.append(
@@ -99,14 +98,26 @@ def _check_model(recipe: Recipe, specs: Mapping[str, HParamSpec], task: Task) ->
     if any(not specs[name].dynamic for name in recipe.space if name != "batch_size"):
         return []
     lows = {
-        name: d.default if d.default is not None else (d.values() or (d.low,))[0]
+        name: d.default if d.default is not None else d.options[0] if isinstance(d, Choice) else d.low
         for name, d in recipe.space.items()
     }
     try:
         task.build_model({**_fixed(recipe, specs), **lows})
-    except InfeasibleError as error:
+    except (InfeasibleError, RuntimeError, MemoryError) as error:
         return [Problem("hparams", f"allow no model: {error}")]
     return []
+
+
+def _check_objective(objective: Objective, task: Task) -> list[Problem]:
+    """The metric must be one that the task measures on the rows that score trials."""
+    part, _, name = objective.metric.partition("/")
+    known = task.metric_names
+    if part == "valid" and (known is None or name in known):
+        return []
+    names = [f"valid/{metric}" for metric in known or ()]
+    among = f" and be one of {', '.join(names)}" if names else ""
+    hint = did_you_mean(objective.metric, names)
+    return [Problem("objective.metric", f"must begin with valid/{among}, got {objective.metric!r}{hint}")]
 
 
 def run(

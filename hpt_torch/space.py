@@ -16,23 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpt_torch.hparams import ALWAYS_LOG
-from hpt_torch.types import HParamValue, Problem, SpaceError
+from hpt_torch.types import HParamValue, Problem, SpaceError, is_int, is_number
 
 When = Mapping[str, Sequence[HParamValue]]
-_MAX_GRID = 1_000_000
+_MAX_GRID = 100_000
 
 
 def freeze(value: Any) -> HParamValue:
     """Lists become tuples, all the way down, so that values can be compared and hashed."""
     return tuple(freeze(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -51,29 +43,33 @@ class Float:
             value = getattr(self, name)
             if value is None and name in ("step", "default"):
                 continue
-            if not _is_number(value):
-                raise SpaceError(f"{name} must be a finite number, got {value!r}")
+            if not is_number(value):
+                raise SpaceError(f"{name} must be a finite number, got {value!r}"[:200])
             object.__setattr__(self, name, float(value))
         _check_range(self.low, self.high, self.log, self.step)
-        _check_default(self)
+        _check_conditions(self)
 
     def contains(self, value: HParamValue) -> bool:
-        if not _is_number(value) or not self.low <= float(value) <= self.high:  # type: ignore[arg-type]
+        if not is_number(value) or not self.low <= float(value) <= self.high:  # type: ignore[arg-type]
             return False
         steps = (float(value) - self.low) / self.step if self.step else 0.0  # type: ignore[arg-type]
         return abs(steps - round(steps)) < 1e-6
 
-    def values(self) -> tuple[float, ...] | None:
-        """Every value where they can be counted, else None."""
-        if self.step is None:
-            return None
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.low + i * self.step for i in range(count))
+    def count(self) -> int | None:
+        """How many values there are; None: they cannot be counted."""
+        return None if self.step is None else math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    def values(self) -> Sequence[float]:
+        """Every value; only where there is a step."""
+        assert self.step is not None
+        return [min(self.low + i * self.step, self.high) for i in range(self.count() or 0)]
 
     def distribution(self, name: str) -> Any:
         from optuna.distributions import FloatDistribution
 
-        return FloatDistribution(self.low, self.high, log=is_log(name, self), step=self.step)
+        # Optuna warns of a step that does not divide the range: its last value is the upper end.
+        high = self.high if self.step is None else self.low + ((self.count() or 1) - 1) * self.step
+        return FloatDistribution(self.low, high, log=is_log(name, self), step=self.step)
 
 
 @dataclass(frozen=True)
@@ -90,23 +86,27 @@ class Int:
     def __post_init__(self) -> None:
         for name in ("low", "high", "step", "default"):
             value = getattr(self, name)
-            if not _is_int(value) and not (name == "default" and value is None):
-                raise SpaceError(f"{name} must be an integer, got {value!r}")
+            if not is_int(value) and not (name == "default" and value is None):
+                raise SpaceError(f"{name} must be an integer of at most 2**53, got {value!r}"[:200])
         _check_range(self.low, self.high, self.log, self.step if self.step != 1 else None)
-        _check_default(self)
+        _check_conditions(self)
 
     def contains(self, value: HParamValue) -> bool:
         if isinstance(value, bool) or not isinstance(value, int):
             return False
         return self.low <= value <= self.high and (value - self.low) % self.step == 0
 
-    def values(self) -> tuple[int, ...]:
-        return tuple(range(self.low, self.high + 1, self.step))
+    def count(self) -> int:
+        return len(range(self.low, self.high + 1, self.step))
+
+    def values(self) -> Sequence[int]:
+        return range(self.low, self.high + 1, self.step)
 
     def distribution(self, name: str) -> Any:
         from optuna.distributions import IntDistribution
 
-        return IntDistribution(self.low, self.high, log=is_log(name, self), step=self.step)
+        high = self.low + (self.count() - 1) * self.step
+        return IntDistribution(self.low, high, log=is_log(name, self), step=self.step)
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,16 @@ class Choice:
         object.__setattr__(self, "options", options)
         if self.default is not None:
             object.__setattr__(self, "default", freeze(self.default))
-        _check_default(self)
+        _check_conditions(self)
 
     def contains(self, value: HParamValue) -> bool:
         return encode(value) in {encode(option) for option in self.options}
 
-    def values(self) -> tuple[HParamValue, ...]:
-        return tuple(self.options)
+    def count(self) -> int:
+        return len(self.options)
+
+    def values(self) -> Sequence[HParamValue]:
+        return self.options
 
     def distribution(self, name: str) -> Any:
         from optuna.distributions import CategoricalDistribution
@@ -163,7 +166,8 @@ def decode(dimension: Dimension, value: Any) -> HParamValue:
 def is_log(name: str, dimension: Float | Int) -> bool:
     if dimension.log is not None:
         return dimension.log
-    return name in ALWAYS_LOG and dimension.step in (None, 1)
+    has_step = dimension.step is not None if isinstance(dimension, Float) else dimension.step != 1
+    return name in ALWAYS_LOG and not has_step
 
 
 def _check_range(low: float, high: float, log: Any, step: float | None) -> None:
@@ -179,9 +183,16 @@ def _check_range(low: float, high: float, log: Any, step: float | None) -> None:
         raise SpaceError("step and log cannot be combined; leave one out or list the values as a choice")
     if step is not None and step > high - low:
         raise SpaceError(f"step must be at most high - low = {high - low:g}, got {step:g}")
+    if step is not None and (high - low) / step > 1e9:
+        raise SpaceError(f"step must leave at most a billion values, got {step:g}; leave it out")
 
 
-def _check_default(dimension: Dimension) -> None:
+def _check_conditions(dimension: Dimension) -> None:
+    for values in (dimension.when or {}).values():
+        for value in values:
+            _check_option(value)
+    if dimension.default is not None:
+        _check_option(dimension.default)
     if dimension.default is not None and not dimension.contains(dimension.default):
         raise SpaceError(f"default must lie in the dimension, got {dimension.default!r}")
 
@@ -190,7 +201,7 @@ def _check_option(option: HParamValue) -> None:
     if isinstance(option, tuple):
         for item in option:
             _check_option(item)
-    elif not isinstance(option, (bool, str)) and not _is_number(option):
+    elif not isinstance(option, (bool, str)) and not is_number(option):
         raise SpaceError(
             f"an option must be a number, a text, true, false or a list of these, got {option!r}"
         )
@@ -216,7 +227,9 @@ def parse_dimension(raw: Any) -> Dimension:
         )
     kinds = [kind for kind in _KINDS if kind in raw]
     if len(kinds) != 1:
-        raise SpaceError(f"must have exactly one of float, int, choice; got {', '.join(raw) or 'nothing'}")
+        raise SpaceError(
+            f"must have exactly one of float, int, choice; got {', '.join(map(str, raw)) or 'nothing'}"
+        )
     kind = kinds[0]
     unknown = [key for key in raw if key != kind and key not in _OPTIONS[kind]]
     if unknown:
@@ -250,7 +263,7 @@ def dump_dimension(dimension: Dimension) -> dict[str, Any]:
         raw = {"float" if isinstance(dimension, Float) else "int": [dimension.low, dimension.high]}
         if dimension.log is not None:
             raw["log"] = dimension.log
-        if dimension.step not in (None, 1) or (isinstance(dimension, Float) and dimension.step is not None):
+        if dimension.step != (None if isinstance(dimension, Float) else 1):
             raw["step"] = dimension.step
     if dimension.default is not None:
         raw["default"] = thaw(dimension.default)
@@ -288,10 +301,11 @@ def check_space(space: Space) -> list[Problem]:
                 for value in values:
                     if not space[parent].contains(value):
                         problems.append(Problem(where, f"{parent} can never be {value!r}"))
-    try:
-        ordered(space)
-    except SpaceError as error:
-        problems.append(Problem("space", str(error)))
+    if not problems:
+        try:
+            ordered(space)
+        except SpaceError as error:
+            problems.append(Problem("space", str(error)))
     return problems
 
 
@@ -311,32 +325,44 @@ def ordered(space: Space) -> list[str]:
 def is_active(dimension: Dimension, point: Mapping[str, HParamValue]) -> bool:
     """Whether the dimension's condition holds at a point that has its parents' values."""
     for parent, values in (dimension.when or {}).items():
-        if parent not in point or encode(point[parent]) not in {encode(value) for value in values}:
+        if parent not in point or not any(_same(point[parent], value) for value in values):
             return False
     return True
 
 
+def _same(a: HParamValue, b: HParamValue) -> bool:
+    """Equal as a user means it: 1 and 1.0 are, 1 and true are not."""
+    if is_number(a) and is_number(b):
+        return a == b
+    return encode(a) == encode(b)
+
+
 def defaults(space: Space) -> dict[str, HParamValue]:
-    """The declared defaults, without those whose condition does not hold."""
+    """The declared defaults."""
     return {name: d.default for name, d in space.items() if d.default is not None}
+
+
+def grid_size_bound(space: Space) -> int:
+    """The points of the grid if no dimension had a condition. Raises SpaceError as `grid` does."""
+    size = 1
+    for name, dimension in space.items():
+        count = dimension.count()
+        if count is None:
+            raise SpaceError(f"space.{name}: a grid needs values that can be counted; give step or a choice")
+        size *= count
+    if size > _MAX_GRID:
+        raise SpaceError(f"the grid has more than {_MAX_GRID:,} points; use another sampler or fewer values")
+    return size
 
 
 def grid(space: Space) -> Iterator[dict[str, HParamValue]]:
     """Every point of a space that can be counted, first name slowest; inactive dimensions are left out.
 
-    Raises SpaceError where a dimension is continuous or the grid has more than a million points.
+    Raises SpaceError where a dimension is continuous or the grid has more than a hundred thousand points.
     """
-    names = ordered(space)
-    values: dict[str, Sequence[HParamValue]] = {}
-    for name in names:
-        listed = space[name].values()
-        if listed is None:
-            raise SpaceError(f"space.{name}: a grid needs values that can be counted; give step or a choice")
-        values[name] = listed
-    if math.prod(len(v) for v in values.values()) > _MAX_GRID:
-        raise SpaceError(f"the grid has more than {_MAX_GRID:,} points; use another sampler or fewer values")
-    seen = set()
-    for combination in itertools.product(*values.values()):
+    grid_size_bound(space)
+    names, seen = ordered(space), set()
+    for combination in itertools.product(*(space[name].values() for name in names)):
         point: dict[str, HParamValue] = {}
         for name, value in zip(names, combination, strict=True):
             if is_active(space[name], point):
@@ -345,3 +371,10 @@ def grid(space: Space) -> Iterator[dict[str, HParamValue]]:
         if key not in seen:
             seen.add(key)
             yield point
+
+
+def grid_size(space: Space) -> int:
+    """How many points `grid` gives."""
+    if all(dimension.when is None for dimension in space.values()):
+        return grid_size_bound(space)
+    return sum(1 for _ in grid(space))

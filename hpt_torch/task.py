@@ -31,6 +31,7 @@ class Task:
 
     name: str = "task"
     objective: Objective
+    metric_names: Sequence[str] | None = None  # what `finalize` gives; None: not known beforehand
 
     def data(self) -> Data:
         """The data set. Called once; must be the same at every call."""

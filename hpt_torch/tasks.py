@@ -52,14 +52,18 @@ class Supervised(Task):
                 f"data must be a hpt_torch.Data, got {type(data).__name__}; hpt_torch.split makes one"
             )
         default = (self.objective.metric.removeprefix("valid/"),)
-        self.metric_names = tuple(dict.fromkeys(metrics)) if metrics else default
-        unknown = [name for name in self.metric_names if name not in self.known_metrics]
+        self.wanted = tuple(dict.fromkeys(metrics)) if metrics else default
+        unknown = [name for name in self.wanted if name not in self.known_metrics]
         if unknown:
             raise TaskError(f"metrics: must be among {', '.join(self.known_metrics)}, got {unknown[0]!r}")
         if metrics:
-            first = self.metric_names[0]
+            first = self.wanted[0]
             direction = "maximize" if first in m.MAXIMIZED else "minimize"
             self.objective = Objective(metric=f"valid/{first}", direction=direction)  # type: ignore[arg-type]
+        self.metric_names = (
+            "loss",
+            *(self.wanted if isinstance(self, Classification) else self.known_metrics),
+        )
         self._factory, self._data = model, data
         self._model_specs = model_specs(model)
         self._images = data.train.tensors["inputs"].dim() == 4
@@ -133,7 +137,7 @@ class Classification(Supervised):
                 "classification needs integer targets (class numbers), got real ones: use Regression"
             )
         counts = torch.bincount(targets.reshape(-1), minlength=data.out_features)
-        if "roc_auc" in self.metric_names:
+        if "roc_auc" in self.wanted:
             for part in (data.valid, data.holdout):
                 if (
                     part is not None
@@ -151,10 +155,10 @@ class Classification(Supervised):
         return function(logits, batch["targets"], hparams["label_smoothing"], weights_C)
 
     def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        return m.classification_sums(self.forward(model, batch), batch["targets"], self.metric_names)
+        return m.classification_sums(self.forward(model, batch), batch["targets"], self.wanted)
 
     def finalize(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
-        return m.classification_metrics(sums, self.metric_names)
+        return m.classification_metrics(sums, self.wanted)
 
 
 class Regression(Supervised):
@@ -215,7 +219,7 @@ def from_names(
 ) -> Task:
     """The task a recipe names. Raises TaskError whose text begins with the field."""
     if ":" in kind:
-        task = _resolved("kind", kind, allow_import)()
+        task = _called("kind", kind, _resolved("kind", kind, allow_import), {})
         if not isinstance(task, Task):
             raise TaskError(f"task.kind: {kind} must give a hpt_torch.Task, gave {type(task).__name__}")
         return task
@@ -244,6 +248,8 @@ def _make_data(
         function = DATASETS[name]
     else:
         raise TaskError(f"task.data: must be {', '.join(DATASETS)} or module:factory, got {name!r}")
+    if not callable(function):
+        raise TaskError(f"task.data: {name} must be a function, it is a {type(function).__name__}")
     parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in options:
@@ -254,13 +260,23 @@ def _make_data(
                and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]  # fmt: skip
     if missing:
         raise TaskError(f"task.data_options.{missing[0]}: must be given for {name}")
-    try:
-        made = function(**{k: v for k, v in options.items() if k in parameters or takes_any})
-    except TaskError as error:
-        raise TaskError(f"task.data: {error}") from error
+    chosen = {k: v for k, v in options.items() if k in parameters or takes_any}
+    made = _called("data", name, function, chosen)
     if not isinstance(made, Data):
         raise TaskError(f"task.data: {name} must give a hpt_torch.Data, gave {type(made).__name__}")
     return made
+
+
+def _called(field: str, name: str, function: Any, arguments: Mapping[str, Any]) -> Any:
+    """What the function gives; its refusals, and arguments that it does not take, name the field."""
+    try:
+        return function(**arguments)
+    except TaskError as error:
+        raise TaskError(f"task.{field}: {error}") from error
+    except TypeError as error:
+        raise TaskError(
+            f"task.{field}: {name} cannot be called with {arguments or 'no arguments'}: {error}"
+        ) from error
 
 
 def _resolved(field: str, name: str, allow_import: Sequence[str]) -> Any:

@@ -309,8 +309,7 @@ class Tuner:
         """Removes what a newer committed file replaces: only now, after the commit."""
         states = self.record.state_files.get(chunk.key, [])
         old = states if ended else states[:-_KEEP_STATES]
-        for file in (*old, *self.record.state_files.get("best", [])[:-1]):
-            (self.dir.checkpoints / file.name).unlink(missing_ok=True)
+        self.dir.remove(file.name for file in (*old, *self.record.state_files.get("best", [])[:-1]))
 
     # -- ends ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,16 @@ HParamValue = bool | int | float | str | tuple[Any, ...]
 HParams = Mapping[str, HParamValue]
 
 
+def is_int(value: Any) -> bool:
+    """A whole number that a float holds exactly; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53
+
+
+def is_number(value: Any) -> bool:
+    """A finite real number; true and false are none, nor is an integer beyond 2**53."""
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 class TrialState(StrEnum):
     """Where a trial stands. The names are Optuna's, with two of our own."""
 

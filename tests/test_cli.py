@@ -107,7 +107,7 @@ def test_mistakes_are_one_message_and_exit_status_2(finished: Path) -> None:
     for arguments, part in (
         (("run", "nothing_like_it"), "is neither a file nor a known recipe; known: "),
         (("run", "missing.toml"), "cannot be read: No such file"),
-        (("run", "small.toml", "lr=-1"), "hparams.lr: must be in (0, inf), got -1"),
+        (("run", "small.toml", "lr=-1"), "hparams.lr: must be in (0, 1e+06], got -1"),
         (("run", "small.toml", "seed=5"), "belongs to another recipe:\n  seed: 0 -> 5"),
         (("report", "missing"), "is not a run directory"),
         (("run", "small.toml", "task.model=os:system", "--run-dir", "evil"), "add --allow-import os"),

@@ -19,8 +19,19 @@ import numpy as np
 import pytest
 
 from hpt_torch import samplers
-from hpt_torch.samplers import grid_size, make_study, suggest
-from hpt_torch.space import Choice, Dimension, Float, Int, dump_dimension, grid, is_active, ordered, thaw
+from hpt_torch.samplers import make_study, suggest
+from hpt_torch.space import (
+    Choice,
+    Dimension,
+    Float,
+    Int,
+    dump_dimension,
+    grid,
+    grid_size,
+    is_active,
+    ordered,
+    thaw,
+)
 from hpt_torch.types import HParams, Objective, Report, Trial, TrialState
 
 Space = dict[str, Dimension]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from hpt_torch.record import Record
@@ -19,11 +20,11 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if len(name) > 4000 or "\0" in name:
         raise RecipeError(name[:60], [Problem("", "is too long or has a NUL; name a recipe file")])
-    if path.is_file() or path.suffix == ".toml" or len(path.parts) > 1:
+    if os.path.isfile(path) or path.suffix == ".toml" or len(path.parts) > 1:
         return path
     for folder in _RECIPE_FOLDERS:
         candidate = folder / f"{name}.toml"
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path.is_file: also for a name that no file can have
             return candidate
     known = ", ".join(sorted(path.stem for path in _recipe_files()))
     raise RecipeError(name, [Problem("", f"is neither a file nor a known recipe; known: {known or 'none'}")])

@@ -92,7 +92,7 @@ def _schedule(name: str) -> Mapping[str, tuple[HParamValue, ...]]:
 TRAINING: tuple[HParamSpec, ...] = (
     _spec("optimizer", "str", "adam", choices=OPTIMIZERS, doc="update rule, as torch.optim's of that name"),
     _spec("lr", "float", 1e-3, low=0, high=1e6, open_low=True, dynamic=True, log=True, doc="learning rate"),
-    _spec("batch_size", "int", 64, low=1, high=10**9, 
+    _spec("batch_size", "int", 64, low=1, high=10**9,
           doc="samples an optimizer step; above the train rows: full batch"),
     _spec("accumulation_steps", "int", 1, low=1,
           doc="parts in which a batch is processed, their gradients added up: the same step in less memory"),

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpt_torch.models.layers import constant
+
 CLASSIFICATION = ("accuracy", "top5", "f1", "precision", "recall", "roc_auc")
 REGRESSION = ("mse", "mae", "r2")
 _FROM_CONFUSION = frozenset({"f1", "precision", "recall"})
@@ -28,6 +30,10 @@ def cross_entropy(
     class_weights_C: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy, shape (). As ``F.cross_entropy``, whose label_smoothing takes no tensor."""
+    known = constant(label_smoothing)
+    if known is not None:
+        classes_first = logits_BC.reshape(-1, logits_BC.shape[-1])
+        return F.cross_entropy(classes_first, targets_B.reshape(-1), class_weights_C, label_smoothing=known)
     log_probs_BC = F.log_softmax(logits_BC, dim=-1)
     nll_B = -log_probs_BC.gather(-1, targets_B.unsqueeze(-1)).squeeze(-1)
     classes = logits_BC.shape[-1]

@@ -25,7 +25,7 @@ from pydantic import (
 
 from hpt_torch import space as spaces
 from hpt_torch.overrides import apply_overrides
-from hpt_torch.recipe_checks import cross_check, did_you_mean
+from hpt_torch.recipe_checks import cross_check, did_you_mean, homes
 from hpt_torch.samplers import SamplerName
 from hpt_torch.types import Problem, RecipeError, is_number
 
@@ -67,7 +67,7 @@ def parse_duration(raw: Any) -> float:
     else:
         match = DURATION.fullmatch(raw) if isinstance(raw, str) else None
         if match is None:
-            raise ValueError(f'must be a duration such as "90s", "30m" or "2h", got {raw!r}')
+            raise ValueError(f'must be a duration such as "90s", "30m" or "2h", got {raw!r:.80}')
         seconds = float(match[1]) * _UNITS[match[2]]
     if not 0 < seconds < 1e9:
         raise ValueError(f"must be above 0 and at most 11,000 days, got {raw!r}")
@@ -227,11 +227,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise RecipeError(str(path), [Problem("", f"must be at most {MAX_BYTES:,} bytes")])
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(str(path), [Problem("", f"cannot be read: {reason}")]) from None
+    if len(data) > MAX_BYTES:
+        raise RecipeError(str(path), [Problem("", f"must be at most {MAX_BYTES:,} bytes")])
+    try:
         raw = tomllib.loads(data.decode())
-    except OSError as error:
-        raise RecipeError(str(path), [Problem("", f"cannot be read: {error.strerror or error}")]) from None
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), [Problem("", f"must be UTF-8 text: {error}")]) from None
     except RecursionError:
@@ -302,8 +304,8 @@ def _problem(item: Any) -> Problem:
     match item["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
-            homes = _homes(location[-1])
-            hint = f"; did you mean {homes[0]}?" if homes else did_you_mean(location[-1], known)
+            found = homes(location[-1], Recipe)
+            hint = f"; did you mean {found[0]}?" if found else did_you_mean(location[-1], known)
             return Problem(where, f"unknown field{hint or '; known: ' + ', '.join(sorted(known))}")
         case "literal_error":
             expected = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
@@ -326,21 +328,6 @@ def _fields_at(location: Sequence[str]) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)
-
-
-def _homes(field: str) -> list[str]:
-    """The sections that do have a field of this name."""
-    found = []
-    for section, info in Recipe.model_fields.items():
-        if (
-            isinstance(info.annotation, type)
-            and issubclass(info.annotation, Section)
-            and field in info.annotation.model_fields
-        ):
-            found.append(f"{section}.{field}")
-    if not found:
-        found = [name for name in Recipe.model_fields if name == field]
-    return found
 
 
 def schema() -> dict[str, Any]:

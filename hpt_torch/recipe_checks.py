@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def cross_check(recipe: Recipe) -> list[Problem]:
     """Fields that are each right but do not go together."""
-    problems = [Problem(p.where, p.what) for p in spaces.check_space(recipe.space)]
+    problems = [Problem(p.where, p.what) for p in spaces.check_space(recipe.space, recipe.hparams)]
     for name in recipe.hparams:
         if name in recipe.space:
             problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))
@@ -67,12 +67,11 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
     for table, names in (("hparams", recipe.hparams), ("space", recipe.space)):
         for name in names:
             if name not in specs:
-                known = ", ".join(sorted(specs))
+                home = next(iter(homes(name, type(recipe))), None)
+                hint = f"; did you mean {home}?" if home else did_you_mean(name, specs)
+                rest = "" if home else f"; it has: {', '.join(sorted(specs))}"
                 problems.append(
-                    Problem(
-                        f"{table}.{name}",
-                        f"is not a hyperparameter of this task{did_you_mean(name, specs)}; it has: {known}",
-                    )
+                    Problem(f"{table}.{name}", f"is not a hyperparameter of this task{hint}{rest}")
                 )
     for name, spec in specs.items():
         if spec.required and name not in recipe.hparams and name not in recipe.space:
@@ -136,3 +135,12 @@ def _check_dimension(name: str, dimension: Dimension, spec: HParamSpec) -> Itera
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def homes(field: str, recipe: type[Recipe]) -> list[str]:
+    """Where a recipe has a field of this name: in its sections, or else at the top."""
+    found = []
+    for section, info in recipe.model_fields.items():
+        if field in getattr(info.annotation, "model_fields", ()):
+            found.append(f"{section}.{field}")
+    return found or [name for name in recipe.model_fields if name == field]

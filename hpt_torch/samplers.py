@@ -79,7 +79,7 @@ def _ask(study: Any, space: Space, fixed: Mapping[str, HParamValue]) -> dict[str
     import optuna
 
     if fixed:
-        values = {n: spaces.encode(v) if isinstance(space[n], spaces.Choice) else v for n, v in fixed.items()}
+        values = {name: spaces.to_optuna(space[name], value) for name, value in fixed.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.sampler = optuna.samplers.PartialFixedSampler(values, study.sampler)
@@ -142,12 +142,7 @@ def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, i
             optuna.trial.create_trial(
                 state=state,
                 value=score if state == optuna.trial.TrialState.COMPLETE else None,
-                params={
-                    name: spaces.encode(trial.hparams[name])
-                    if isinstance(d, spaces.Choice)
-                    else trial.hparams[name]
-                    for name, d in active.items()
-                },
+                params={name: spaces.to_optuna(d, trial.hparams[name]) for name, d in active.items()},
                 distributions={name: d.distribution(name) for name, d in active.items()},
                 intermediate_values={}
                 if dead

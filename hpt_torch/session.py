@@ -24,6 +24,7 @@ from hpt_torch import __version__
 from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
 from hpt_torch.hparams import HParamSpec
+from hpt_torch.machine import keep_freed_memory
 from hpt_torch.recipe import Recipe
 from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
 from hpt_torch.record import FORMAT, Event, Record
@@ -146,7 +147,7 @@ def run(
             _deterministic(device)
         if checked.recipe.trainer.tf32:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
-        where = environment(str(device), begun["threads"])
+        where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}
         session = {
             "pid": os.getpid(),
             "host": socket.gethostname(),

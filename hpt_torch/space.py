@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,14 @@ class Float:
     def distribution(self, name: str) -> Any:
         from optuna.distributions import FloatDistribution
 
-        # Optuna warns of a step that does not divide the range: its last value is the upper end.
-        high = self.high if self.step is None else self.low + ((self.count() or 1) - 1) * self.step
-        return FloatDistribution(self.low, high, log=is_log(name, self), step=self.step)
+        if self.step is None:
+            return FloatDistribution(self.low, self.high, log=is_log(name, self))
+        # Optuna cuts the range at its last step, reckoning in decimals, and warns where it has cut something:
+        # from half a step beyond, rounding cannot cost the last value.
+        beyond = self.low + ((self.count() or 1) - 0.5) * self.step
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return FloatDistribution(self.low, beyond, step=self.step)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Choice:
             raise SpaceError(f"choice must be a list of at least one option, got {self.options!r}")
         options = tuple(freeze(option) for option in self.options)
         for option in options:
-            _check_option(option)
+            _check_value(option, "an option")
         encoded = [encode(option) for option in options]
         twice = next((e for i, e in enumerate(encoded) if e in encoded[:i]), None)
         if twice is not None:
@@ -156,11 +162,19 @@ def encode(value: HParamValue) -> str:
     return json.dumps(value)
 
 
+def to_optuna(dimension: Dimension, value: Any) -> Any:
+    """The user's value as the dimension's distribution contains it, whatever rounding did to it."""
+    if isinstance(dimension, Float) and dimension.step is not None:
+        nearest = dimension.low + round((value - dimension.low) / dimension.step) * dimension.step
+        return min(nearest, dimension.distribution("").high)
+    return encode(value) if isinstance(dimension, Choice) else value
+
+
 def decode(dimension: Dimension, value: Any) -> HParamValue:
     """From Optuna's value back to the user's."""
     if isinstance(dimension, Choice):
         return freeze(json.loads(value))
-    return float(value) if isinstance(dimension, Float) else int(value)
+    return min(float(value), dimension.high) if isinstance(dimension, Float) else int(value)
 
 
 def is_log(name: str, dimension: Float | Int) -> bool:
@@ -188,23 +202,22 @@ def _check_range(low: float, high: float, log: Any, step: float | None) -> None:
 
 
 def _check_conditions(dimension: Dimension) -> None:
-    for values in (dimension.when or {}).values():
+    for parent, values in (dimension.when or {}).items():
         for value in values:
-            _check_option(value)
+            _check_value(value, f"a value of when.{parent}")
     if dimension.default is not None:
-        _check_option(dimension.default)
+        _check_value(dimension.default, "default")
     if dimension.default is not None and not dimension.contains(dimension.default):
         raise SpaceError(f"default must lie in the dimension, got {dimension.default!r}")
 
 
-def _check_option(option: HParamValue) -> None:
-    if isinstance(option, tuple):
-        for item in option:
-            _check_option(item)
-    elif not isinstance(option, (bool, str)) and not is_number(option):
-        raise SpaceError(
-            f"an option must be a number, a text, true, false or a list of these, got {option!r}"
-        )
+def _check_value(value: HParamValue, what: str) -> None:
+    if isinstance(value, tuple):
+        for item in value:
+            _check_value(item, what)
+    elif not isinstance(value, (bool, str)) and not is_number(value):
+        rule = "must be a finite number (an integer: at most 2**53), a text, true, false or a list of these"
+        raise SpaceError(f"{what} {rule}, got {value!r}"[:200])
 
 
 # -- recipe form ---------------------------------------------------------------------------------------
@@ -280,8 +293,8 @@ def thaw(value: Any) -> Any:
 # -- the space as a whole ------------------------------------------------------------------------------
 
 
-def check_space(space: Space) -> list[Problem]:
-    """What is wrong between the dimensions: log scales and conditions."""
+def check_space(space: Space, fixed: Collection[str] = ()) -> list[Problem]:
+    """What is wrong between the dimensions: log scales and conditions. `fixed`: names outside the space."""
     problems = []
     for name, dimension in space.items():
         if not isinstance(dimension, Choice) and is_log(name, dimension) and dimension.low <= 0:
@@ -292,6 +305,9 @@ def check_space(space: Space) -> list[Problem]:
             where = f"space.{name}.when.{parent}"
             if parent == name:
                 problems.append(Problem(where, "a dimension cannot depend on itself"))
+            elif parent not in space and parent in fixed:
+                remedy = f"leave the when out, or move {parent} to [space]"
+                problems.append(Problem(where, f"{parent} is fixed in [hparams]; {remedy}"))
             elif parent not in space:
                 known = ", ".join(sorted(set(space) - {name})) or "none"
                 problems.append(

@@ -88,6 +88,112 @@ def overhead(trials: int = 1000, repeats: int = 3, json_path: Path | None = None
         json_path.write_text(json.dumps(rows, indent=1))
 
 
+# -- throughput ----------------------------------------------------------------------------------------
+
+
+class _PlainMLP(nn.Sequential):
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs in (784, 128):
+            layers += [nn.Linear(inputs, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.2)]
+        super().__init__(*layers, nn.Linear(128, 10))
+
+
+class _PlainCNN(nn.Sequential):
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 16), (16, 32)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+class _PlainRNN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(28, 64, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden_sizes": (128, 128), "batch_norm": True, "dropout": 0.2},
+    "cnn": {"channels": (16, 32), "batch_norm": True},
+    "rnn": {"cell": "gru", "hidden_size": 64},
+}
+
+
+def _ordinary_epoch(model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> None:
+    """One epoch as PyTorch's tutorials write it."""
+    model.train()
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+@app.command()
+def throughput(
+    rows: int = 6400, batch_size: int = 64, repeats: int = 5, json_path: Path | None = None
+) -> None:
+    """Samples a second: the loop trainer against DataLoader + nn.Module + torch.optim, the same model,
+    alternating in one run. Inputs are random numbers of Fashion-MNIST's shape; evaluation is left out."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from hpt_torch import machine, tasks
+    from hpt_torch.trainers import loop
+    from hpt_torch.trainers.member import Member
+
+    torch.manual_seed(0)
+    results = []
+    for name, plain in (("mlp", _PlainMLP), ("cnn", _PlainCNN), ("rnn", _PlainRNN)):
+        images, labels = torch.rand(rows, 1, 28, 28), torch.randint(10, (rows,))
+        inputs = images[:, 0] if name == "rnn" else images
+        part = hpt.Rows({"inputs": inputs, "targets": labels})
+        data = hpt.Data(train=part, valid=hpt.Rows(part.slice(0, 64)), out_features=10)
+        task = hpt.Classification(tasks.MODELS[name], data)
+        hparams = {n: spec.default for n, spec in task.hparam_specs().items()}
+        hparams |= {**_OPTIONS[name], "batch_size": batch_size}
+        cpu = torch.device("cpu")
+        trainer = loop.LoopTrainer(
+            task, data.to(cpu, torch.float32), device=cpu, dtype=torch.float32, seed=0, epochs=repeats + 1
+        )
+        population = trainer.init([0], [hparams])
+        member = Member(trainer, population, 0)
+        model = plain()
+        optimizer = torch.optim.Adam(model.parameters())
+        loader = DataLoader(
+            TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True, drop_last=True
+        )
+
+        def ours(member: Any = member, trainer: Any = trainer, epoch: int = 0) -> None:
+            order = trainer.order.epoch(epoch)
+            for i in range(rows // batch_size):
+                member.step(trainer._batch(order, i, batch_size), 1.0)
+
+        times: dict[str, list[float]] = {"ordinary": [], "ours": []}
+        for repeat in range(repeats + 1):
+            start = time.perf_counter()
+            _ordinary_epoch(model, loader, optimizer)
+            middle = time.perf_counter()
+            ours(epoch=repeat)
+            if repeat:  # the first pass warms up
+                times["ordinary"].append(middle - start)
+                times["ours"].append(time.perf_counter() - middle)
+        row = {"model": name} | {k: rows / statistics.median(v) for k, v in times.items()}
+        row["ratio"] = statistics.median(a / b for a, b in zip(times["ordinary"], times["ours"], strict=True))
+        results.append(row)
+    print(f"{torch.get_num_threads()} threads, freed memory kept: {machine.keep_freed_memory()}\n")
+    print(
+        f"| batch {batch_size} | ordinary loop, samples/s | loop trainer, samples/s | ratio |\n|---|---|---|---|"
+    )
+    for row in results:
+        print(f"| {row['model']} | {row['ordinary']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} x |")
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=1))
+
+
 @app.callback()
 def _main() -> None:
     pass

@@ -32,6 +32,8 @@ model = "mlp"
 data = "digits"
 valid_fraction = 0.25
 holdout_fraction = 0.1
+data_options = {path = "x.csv", rows = 100}
+metrics = ["valid/accuracy", "valid/loss"]
 
 [hparams]
 batch_norm = true
@@ -65,6 +67,10 @@ engine = "loop"
 threads = 2
 dtype = "float64"
 deterministic = false
+keep = "best"
+patience = 2
+autocast = "bfloat16"
+tf32 = true
 
 [run]
 checkpoint_every_seconds = 1.5

@@ -30,6 +30,7 @@ from hpt_torch.space import (
     ordered,
     parse_dimension,
     thaw,
+    to_optuna,
 )
 from hpt_torch.types import SpaceError
 
@@ -89,18 +90,18 @@ def test_contains(dimension: Dimension, inside: list[Any], outside: list[Any]) -
     ids=repr,
 )
 def test_values(dimension: Dimension, values: tuple[Any, ...] | None) -> None:
-    found = dimension.values()
-    assert found == (
-        values if values is None else pytest.approx(values) if isinstance(dimension, Float) else values
-    )
-    assert all(dimension.contains(value) for value in found or ())
+    assert dimension.count() == (None if values is None else len(values))
+    if values is not None:
+        found = tuple(dimension.values())
+        assert found == (pytest.approx(values) if isinstance(dimension, Float) else values)
+        assert all(dimension.contains(value) for value in found)
 
 
 @given(low=st.floats(-1e3, 1e3), width=st.floats(1e-2, 1e3), steps=st.integers(2, 30), rest=st.floats(0, 0.9))
 @settings(deadline=None, derandomize=True)
 def test_the_values_of_a_stepped_float_lie_inside(low: float, width: float, steps: int, rest: float) -> None:
     dimension = Float(low, low + width, step=width / (steps + rest))
-    values = dimension.values() or ()
+    values = dimension.values()
     assert len(values) == steps + 1
     assert [v for v in values if not dimension.contains(v)] == []
     assert max(values) <= dimension.high
@@ -119,9 +120,9 @@ def test_the_values_of_a_stepped_float_lie_inside(low: float, width: float, step
         (lambda: Float(0, 1, step=2), "step must be at most high - low = 1, got 2"),
         (lambda: Float(0, 1, default=2), "default must lie in the dimension, got 2"),
         (lambda: Float(0, 10**400), "high must be a finite number"),
-        (lambda: Int(1, 2.0), "high must be an integer, got 2.0"),
+        (lambda: Int(1, 2.0), r"high must be an integer of at most 2\*\*53, got 2.0"),
         (lambda: Int(1, 9, step=0), "step must be above 0"),
-        (lambda: Int(1, 9, step=1.5), "step must be an integer, got 1.5"),
+        (lambda: Int(1, 9, step=1.5), r"step must be an integer of at most 2\*\*53, got 1.5"),
         (lambda: Int(0, 9, log=True), "a log scale needs low > 0"),
         (lambda: Int(1, 9, log="yes"), "log must be true or false, got 'yes'"),
         (lambda: Int(1, 9, step=2, default=2), "default must lie in the dimension, got 2"),
@@ -129,9 +130,15 @@ def test_the_values_of_a_stepped_float_lie_inside(low: float, width: float, step
         (lambda: Choice("abc"), "a list of at least one option, got 'abc'"),
         (lambda: Choice([1, 2, 1]), "option 1 twice"),
         (lambda: Choice([[1], (1,)]), r"option \[1\] twice"),
-        (lambda: Choice([None]), "an option must be a number, .*, got None"),
-        (lambda: Choice([{"a": 1}]), "an option must be a number"),
-        (lambda: Choice([math.nan]), "an option must be a number"),
+        (
+            lambda: Choice([None]),
+            "an option must be a finite number .*, a text, true, false or a list of these, got None",
+        ),
+        (lambda: Choice([{"a": 1}]), "an option must be a finite number"),
+        (lambda: Choice([math.nan]), "an option must be a finite number .*, got nan"),
+        (lambda: Choice([2**53 + 1]), r"an integer: at most 2\*\*53\), .* got 9007199254740993"),
+        (lambda: Choice([1], default={}), "default must be a finite number"),
+        (lambda: Int(1, 2, when={"x": (None,)}), "a value of when.x must be a finite number"),
         (lambda: Choice([1], default=2), "default must lie in the dimension, got 2"),
         (lambda: parse_dimension({1: 2}), "exactly one of float, int, choice"),
     ],
@@ -185,16 +192,32 @@ def test_what_the_checks_accept_optuna_accepts(name: str, dimension: Dimension) 
     dimension.distribution(name)
 
 
-@pytest.mark.parametrize("dimension", [Float(0.0, 1.0, step=0.3), Int(1, 10, step=2)], ids=repr)
+@pytest.mark.parametrize(
+    "dimension",
+    [
+        Float(0.0, 1.0, step=0.3),
+        Float(0.0, 1.0, step=0.16666666666666669),  # six of these, in decimals, lie beyond 1
+        Float(0.0, 1.0, step=0.3333333333333333),
+        Float(1e-4, 1.0, step=1e-3),
+        Int(1, 10, step=2),
+    ],
+    ids=repr,
+)
 def test_a_step_that_does_not_divide_the_range_warns_nobody(dimension: Dimension) -> None:
     """Such a range ends at its last step, as `values` says; Optuna's warning about it would be noise."""
-    assert dimension.distribution("x").high == pytest.approx((dimension.values() or ())[-1])
+    last = dimension.values()[-1]
+    assert dimension.distribution("x").high == pytest.approx(last)
+    assert dimension.distribution("x")._contains(to_optuna(dimension, last))
+    assert dimension.contains(decode(dimension, dimension.distribution("x").high))
 
 
 # -- encoding ------------------------------------------------------------------------------------------
 
 options = st.recursive(
-    st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.booleans(),
+    st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+    | st.booleans(),
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=6,
 )

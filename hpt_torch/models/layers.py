@@ -9,6 +9,7 @@ belong to a trial's hyperparameters, not to its weights.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -30,8 +31,8 @@ class Dropout(nn.Module):
     """Dropout with probability `dropout`, kept units scaled by 1 / (1 - dropout), as ``nn.Dropout``.
 
     Used on its own it draws from torch's generator. A trainer makes it *stateless* (`make_stateless`): the
-    mask is then a hash of (noise_key, layer, element index), so that it is the same for a member trained
-    alone, in a group, or resumed, and no generator state has to be kept.
+    mask is then a hash of (noise_key, element index), so that it is the same for a member trained alone, in a
+    group, or resumed, and no generator state has to be kept. `set_noise` gives each layer its key.
     """
 
     dropout: Tensor
@@ -42,44 +43,88 @@ class Dropout(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.layer: int | None = None  # None: not stateless
+        self.rate: float | None = None  # the rate where it is known to be the same for all: spares tensors
         self.register_buffer("dropout", torch.tensor(float(dropout)), persistent=False)
         self.register_buffer("noise_key", torch.tensor(0, dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.rate == 0:
             return x
         if self.layer is None:
             keep = torch.rand_like(x) >= self.dropout
+            return x * (keep * (1.0 / (1.0 - self.dropout)))
+        bits = hash_bits(self.noise_key, x.numel(), x.device).view(x.shape)
+        if self.rate is not None:
+            mask = (bits >= int(self.rate * 2**16)).to(x.dtype).mul_(1.0 / (1.0 - self.rate))
         else:
-            bits = hash_bits(self.noise_key, self.layer, x.numel(), x.device).view(x.shape)
-            keep = bits >= (self.dropout * 2**24).to(torch.int32)
-        return x * keep * (1.0 / (1.0 - self.dropout)).to(x.dtype)
+            keep = bits >= (self.dropout * 2**16).to(torch.int32)
+            mask = keep * (1.0 / (1.0 - self.dropout)).to(x.dtype)
+        return x * mask
 
     def extra_repr(self) -> str:
         return f"dropout={float(self.dropout):g}"
 
 
-def hash_bits(key: Tensor, layer: int, count: int, device: torch.device) -> Tensor:
-    """24 random bits for each of `count` elements: int32 in [0, 2**24), shape (count,).
+def hash_bits(key: Tensor, count: int, device: torch.device) -> Tensor:
+    """16 random bits for each of `count` elements: int32 in [0, 2**16), shape (count,). key: int32, shape ().
 
     A counter-based generator in the manner of Salmon et al. 2011 ("Parallel random numbers: as easy as 1,
     2, 3"), with the 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector) as its mixing function.
     """
-    key = _mix(key + _wrap(0x9E3779B9 * (layer + 1)))
-    x = torch.arange(count, dtype=torch.int32, device=device) * _wrap(0x9E3779B1)
-    return (_mix(x ^ key) >> 8) & 0xFFFFFF
+    words = _mix_(_counters((count + 1) // 2, device) ^ key)  # each gives two elements their bits
+    return torch.cat((words & 0xFFFF, (words >> 16) & 0xFFFF))[:count]
 
 
-def _wrap(value: int) -> int:
+@functools.lru_cache(maxsize=64)
+def _counters(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
+
+
+def _signed(value: int) -> int:
     """The signed 32-bit integer with these bits."""
     value &= 0xFFFFFFFF
     return value - 2**32 if value >= 2**31 else value
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _wrap(0x7FEB352D)
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _wrap(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
+def _mix_(x: Tensor) -> Tensor:
+    """Mixes the bits of each int32 element, in place. The masks make an arithmetic shift a logical one."""
+    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B)):
+        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(_signed(factor))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def stream_key(key: int, stream: int) -> int:
+    """The key of one stream of noise (a layer, say) from that of the whole step: a signed 32-bit integer."""
+    x = (key + 0x9E3779B9 * (stream + 1)) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return _signed(x ^ (x >> 16))
+
+
+def set_noise(model: nn.Module, key: int) -> None:
+    """Gives every stateless layer its key of a step whose own key is `key` (32 bits)."""
+    for module in model.modules():
+        if isinstance(module, Dropout) and module.layer is not None:
+            module.noise_key.fill_(stream_key(key, module.layer))
+
+
+def constant(value: Tensor | float) -> float | None:
+    """The number, where reading it is free: of a plain tensor on the CPU, outside transforms; else None."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or inside_transform():
+        return None
+    return float(value)
+
+
+def inside_transform() -> bool:
+    """Whether torch.func (vmap, grad, ...) is transforming the running code."""
+    functorch = getattr(torch._C, "_functorch", None)
+    # torch has no public way to ask. Of the private ones this is the one that torch.compile can trace; should
+    # it go, the forms that can be mapped are right everywhere.
+    if functorch is None or not hasattr(functorch, "get_dynamic_layer_stack_depth"):
+        return True
+    return bool(functorch.get_dynamic_layer_stack_depth())
 
 
 def make_stateless(model: nn.Module) -> nn.Module:
@@ -119,6 +164,11 @@ class BatchNorm(nn.Module):
         if not self.training:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        known = constant(self.batch_norm_momentum)
+        if known is not None:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, True, known, self.eps
             )
         # F.batch_norm takes no tensor as momentum. With momentum 1 it leaves the batch's own statistics in
         # the two scratch tensors. (lerp_ has no batching rule: vmap would loop over the members.)

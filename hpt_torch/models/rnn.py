@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpt_torch.models.layers import Dropout, check_choice, check_positive, init_weights
+from hpt_torch.models.layers import Dropout, check_choice, check_positive, init_weights, inside_transform
+from hpt_torch.models.recurrent_kernels import GRULayer, TanhLayer
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
@@ -25,9 +26,9 @@ class RNN(nn.Module):
     "all" steps (zeros behind a row's length). `dropout` acts between layers. Tokens are embedded in
     `embedding_size` numbers, by default `hidden_size`.
 
-    `native` chooses between two equal implementations of the recurrence: torch's own kernel (True) and a
-    loop of matmuls that torch.func can map over stacked parameters (False). None takes the kernel, and the
-    loop inside a transform of torch.func.
+    `native` chooses between two equal implementations of the recurrence: kernels (True: torch's own, or
+    those of `recurrent_kernels`) and a loop of matmuls that torch.func can map over stacked parameters
+    (False). None takes the kernels, and the loop inside a transform of torch.func.
     """
 
     dynamic_hparams = frozenset({"dropout"})
@@ -181,7 +182,9 @@ class Recurrent(nn.Module):
 
 
 def run_native(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
-    """(T, B, F) -> (T, B, H), one layer in one direction from a zero state, in torch's own kernel."""
+    """(T, B, F) -> (T, B, H), one layer in one direction from a zero state, in the fastest kernel."""
+    if x_TBF.device.type == "cpu" and cell != "lstm" and not torch.is_autocast_enabled("cpu"):
+        return _run_cpu(cell, x_TBF, weights)
     if x_TBF.is_cuda:
         # cuDNN wants the weights in one piece, in this order; from anywhere else it copies them and warns.
         flat = torch.cat([weight.reshape(-1) for weight in weights])
@@ -196,6 +199,18 @@ def run_native(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
     else:
         kernel = torch._VF.gru if cell == "gru" else torch._VF.rnn_tanh
         y_TBH, _ = kernel(x_TBF, h_1BH, weights, *options)
+    return y_TBH
+
+
+def _run_cpu(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    steps, batch, _ = x_TBF.shape
+    bias = bias_ih if cell == "gru" else bias_ih + bias_hh
+    x_TBG = F.linear(x_TBF.reshape(steps * batch, -1), weight_ih, bias).view(steps, batch, -1)
+    if cell == "gru":
+        y_TBH: Tensor = GRULayer.apply(x_TBG, weight_hh, bias_hh)
+    else:
+        y_TBH = TanhLayer.apply(x_TBG, weight_hh)
     return y_TBH
 
 
@@ -248,13 +263,3 @@ def reverse(x_TBF: Tensor, lengths: Tensor | None) -> Tensor:
 
 def _steps(x_TB: Tensor) -> Tensor:
     return torch.arange(x_TB.shape[0], device=x_TB.device).unsqueeze(-1)
-
-
-def inside_transform() -> bool:
-    """Whether torch.func (vmap, grad, ...) is transforming the running code."""
-    functorch = getattr(torch._C, "_functorch", None)
-    # torch has no public way to ask. Of the private ones this is the one that torch.compile can trace; should
-    # it go, the loop is right everywhere.
-    if functorch is None or not hasattr(functorch, "get_dynamic_layer_stack_depth"):
-        return True
-    return bool(functorch.get_dynamic_layer_stack_depth())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpt_torch.data import Rows
-from hpt_torch.models.layers import make_stateless
+from hpt_torch.models.layers import Dropout, make_stateless
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
 from hpt_torch.types import HParams, Report
@@ -74,6 +74,9 @@ def set_hparams(model: nn.Module, hparams: HParams, dynamic: frozenset[str]) -> 
         leaf = name.rpartition(".")[2]
         if leaf in dynamic and leaf in hparams:
             buffer.fill_(float(hparams[leaf]))  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.rate = float(module.dropout)
 
 
 def load_weights(

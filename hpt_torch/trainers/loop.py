@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hpt_torch import optim
-from hpt_torch.data import Data
+from hpt_torch.data import Data, Rows
 from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
 from hpt_torch.trainers.member import Member
 from hpt_torch.types import HParams, Objective, Report
+
+_GATHER = 16  # batches
 
 
 class LoopTrainer:
@@ -48,6 +50,7 @@ class LoopTrainer:
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed)
         self._channels_last = any(t.dim() == 4 for t in data.train.tensors.values())
+        self._gathered: tuple[Tensor, int, int, Rows] | None = None
         self._module: tuple[int, HParams, nn.Module] | None = None
 
     # -- members ---------------------------------------------------------------------------------------
@@ -148,8 +151,7 @@ class LoopTrainer:
         batches = self.order.batches(size)
         factors = member.lr_factors(batches)
         for index in range(population.batch[i], batches):
-            batch = self.data.train.select(order[index * size : (index + 1) * size])
-            member.step(batch, factors[index])
+            member.step(self._batch(order, index, size), factors[index])
             if should_pause() and index + 1 < batches:
                 member.store(batch=index + 1)
                 result.paused = True
@@ -171,6 +173,15 @@ class LoopTrainer:
             trial=population.trials[i], epoch=population.epoch[i], metrics=metrics, seconds=seconds
         )
         result.reports.append(report)
+
+    def _batch(self, order: Tensor, index: int, size: int) -> dict[str, Tensor]:
+        """Batch `index` of the epoch. Several are gathered at once, always the same ones together, so that
+        a batch lies where it lay when the epoch is continued in its middle."""
+        first = index - index % _GATHER
+        if self._gathered is None or self._gathered[0] is not order or self._gathered[1:3] != (first, size):
+            rows = Rows(self.data.train.select(order[first * size : (first + _GATHER) * size]))
+            self._gathered = order, first, size, rows
+        return self._gathered[3].slice((index - first) * size, (index - first + 1) * size)
 
     def _keep_if_best(self, population: Population, i: int, member: Member, score: float) -> None:
         before = population.best[i]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpt_torch import lr_schedules, optim
+from hpt_torch.models.layers import set_noise
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 
@@ -41,8 +42,6 @@ class Member:
         self.steps = population.step[i]
         self._read_hparams(hparams)
         self.noise = base.noise_seed(trainer.seed, trial)
-        self.noise_keys = [b for n, b in self.model.named_buffers() if n.rpartition(".")[2] == "noise_key"]
-        self.noise_keys.append(self.tensors["noise_key"])
         self._cuda = trainer.device.type == "cuda"
 
     def _read_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -72,6 +71,10 @@ class Member:
             }
             for group in self.groups
         ]
+        self.group_h = [
+            {**self.h, "weight_decay": self.h["weight_decay"] if group.decays else 0.0}
+            for group in self.groups
+        ]
         self.averaged = [self.slots[f"ema/{name}"] for name in names] if self.h["ema"] else []
         self.clips = math.isfinite(self.h["grad_clip_norm"]) or math.isfinite(self.h["grad_clip_value"])
 
@@ -88,8 +91,8 @@ class Member:
     def step(self, batch: Mapping[str, Tensor], lr_factor: float) -> None:
         """One optimizer step. Everything random in it derives from (seed, trial, step)."""
         key = base.step_key(self.noise, self.steps)
-        for buffer in self.noise_keys:
-            buffer.fill_(key)
+        set_noise(self.model, key)
+        self.tensors["noise_key"].fill_(key)
         torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
         if self._cuda:
             torch.cuda.manual_seed(key & 0xFFFFFFFF)
@@ -110,10 +113,8 @@ class Member:
             self.sums["grad_norm"] += norm
             self.sums["clipped"] += touched
         lr = self.h["lr"] * lr_factor
-        for group, slots in zip(self.groups, self.group_slots, strict=True):
-            h = {**self.h, "lr": lr * self.h["head_lr_factor"] if group.head else lr}
-            if not group.decays:
-                h["weight_decay"] = 0.0
+        for group, slots, h in zip(self.groups, self.group_slots, self.group_h, strict=True):
+            h["lr"] = lr * self.h["head_lr_factor"] if group.head else lr
             members = [self.params[i] for i in group.indices]
             optim.step_(self.optimizer, members, [grads[i] for i in group.indices], slots, self.steps, h)
         if self.averaged:

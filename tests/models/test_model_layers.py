@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from hpt_torch.models import MLP
-from hpt_torch.models.layers import BatchNorm, Dropout, hash_bits, init_weights, make_stateless
+from hpt_torch.models.layers import (
+    BatchNorm,
+    Dropout,
+    hash_bits,
+    init_weights,
+    make_stateless,
+    stream_key,
+)
 
 
 @pytest.mark.parametrize("shape", [(32, 5), (16, 5, 4, 3)])
@@ -36,7 +43,6 @@ def test_stateless_dropout_is_a_function_of_key_layer_and_position() -> None:
     first = layer(x)
     torch.manual_seed(99)
     assert torch.equal(layer(x), first)  # the global generator has no part in it
-    assert torch.equal(layer(x[:10]), first[:10])  # nor has the size of the batch
     layer.noise_key.fill_(8)
     assert not torch.equal(layer(x), first)
     assert float((first == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
@@ -54,17 +60,17 @@ def test_hash_bits_are_uniform_and_unrelated_between_layers_and_keys() -> None:
     """Chi-square over 256 buckets, and correlations between streams, of a million draws each."""
     count = 1_000_000
     streams = [
-        hash_bits(torch.tensor(key, dtype=torch.int32), layer, count, torch.device("cpu"))
+        hash_bits(torch.tensor(stream_key(key, layer), dtype=torch.int32), count, torch.device("cpu"))
         for key, layer in ((0, 0), (1, 0), (0, 1), (-5, 3))
     ]
     for bits in streams:
         assert int(bits.min()) >= 0
-        assert int(bits.max()) < 2**24
-        for shift in (0, 8, 16):
+        assert int(bits.max()) < 2**16
+        for shift in (0, 8):
             counts = torch.bincount((bits >> shift) & 255, minlength=256).double()
             chi2 = float(((counts - count / 256) ** 2 / (count / 256)).sum())
             assert 170 < chi2 < 350  # 255 degrees of freedom: mean 255, standard deviation 22.6
-    units = torch.stack(streams).double() / 2**24 - 0.5
+    units = torch.stack(streams).double() / 2**16 - 0.5
     correlation = (units @ units.T) / count * 12
     off_diagonal = correlation - torch.diag(torch.diag(correlation))
     assert float(off_diagonal.abs().max()) < 0.005

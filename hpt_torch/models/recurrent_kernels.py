@@ -1,0 +1,95 @@
+"""The GRU's and the tanh RNN's recurrence with a backward pass of its own, for the CPU.
+
+torch's CPU kernels are a dozen autograd nodes a step, each adding to the weights' gradient. Here the
+backward is one loop over the steps for the hidden state, and one matmul over all steps for the weights. Same
+formulas, same results up to rounding; torch's LSTM (oneDNN) and cuDNN are as good or better and stay.
+"""
+
+# T steps, B batch, H hidden units, G gates * H
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class GRULayer(torch.autograd.Function):
+    """(x_TBG, weight_hh (3H, H), bias_hh (3H,)) -> (T, B, H) from a zero state.
+
+    x_TBG: the projected inputs ``x @ weight_ih.T + bias_ih`` of the gates reset, update, new (torch's order).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TBG: Tensor, weight_hh: Tensor, bias_hh: Tensor) -> Tensor:
+        steps, batch, _ = x_TBG.shape
+        size = weight_hh.shape[1]
+        h_TBH = x_TBG.new_zeros(steps + 1, batch, size)  # state 0, then the state after each step
+        gates_TBG = x_TBG.new_empty(steps, batch, 2 * size)
+        new_TBH, hidden_new_TBH = (x_TBG.new_empty(steps, batch, size) for _ in range(2))
+        weight_t = weight_hh.t()
+        projected = x_TBG.new_empty(batch, 3 * size)
+        for t in range(steps):
+            torch.addmm(bias_hh, h_TBH[t], weight_t, out=projected)
+            torch.add(x_TBG[t, :, : 2 * size], projected[:, : 2 * size], out=gates_TBG[t])
+            reset, update = gates_TBG[t].sigmoid_().chunk(2, 1)
+            hidden_new_TBH[t] = projected[:, 2 * size :]
+            torch.addcmul(x_TBG[t, :, 2 * size :], reset, hidden_new_TBH[t], out=new_TBH[t])
+            torch.lerp(new_TBH[t].tanh_(), h_TBH[t], update, out=h_TBH[t + 1])
+        ctx.save_for_backward(weight_hh, h_TBH, gates_TBG, new_TBH, hidden_new_TBH)
+        return h_TBH[1:]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_TBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight_hh, h_TBH, gates_TBG, new_TBH, hidden_new_TBH = ctx.saved_tensors
+        steps, batch, size = new_TBH.shape
+        reset_TBH, update_TBH = gates_TBG.chunk(2, 2)
+        # What does not depend on the gradient of the state, for all steps at once.
+        to_new = (1 - update_TBH) * (1 - new_TBH.square())
+        to_update = (h_TBH[:-1] - new_TBH) * update_TBH * (1 - update_TBH)
+        to_reset = hidden_new_TBH * reset_TBH * (1 - reset_TBH)
+        by_x_TBG = new_TBH.new_empty(steps, batch, 3 * size)
+        by_h_TBG = torch.empty_like(by_x_TBG)
+        state = torch.zeros_like(new_TBH[0])
+        for t in range(steps - 1, -1, -1):
+            state += grad_TBH[t]
+            new = torch.mul(state, to_new[t], out=by_x_TBG[t, :, 2 * size :])
+            torch.mul(new, to_reset[t], out=by_x_TBG[t, :, :size])
+            torch.mul(state, to_update[t], out=by_x_TBG[t, :, size : 2 * size])
+            by_h_TBG[t, :, : 2 * size] = by_x_TBG[t, :, : 2 * size]
+            torch.mul(new, reset_TBH[t], out=by_h_TBG[t, :, 2 * size :])
+            state = torch.addmm(state * update_TBH[t], by_h_TBG[t], weight_hh)
+        flat = by_h_TBG.view(steps * batch, -1)
+        return by_x_TBG, flat.t() @ h_TBH[:-1].reshape(steps * batch, size), flat.sum(0)
+
+
+class TanhLayer(torch.autograd.Function):
+    """(x_TBH, weight_hh (H, H)) -> (T, B, H) from a zero state: ``h = tanh(x + h @ weight_hh.T)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TBH: Tensor, weight_hh: Tensor) -> Tensor:
+        steps, batch, size = x_TBH.shape
+        h_TBH = x_TBH.new_zeros(steps + 1, batch, size)
+        weight_t = weight_hh.t()
+        for t in range(steps):
+            torch.addmm(x_TBH[t], h_TBH[t], weight_t, out=h_TBH[t + 1])
+            h_TBH[t + 1].tanh_()
+        ctx.save_for_backward(weight_hh, h_TBH)
+        return h_TBH[1:]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_TBH: Tensor) -> tuple[Tensor, Tensor]:
+        weight_hh, h_TBH = ctx.saved_tensors
+        steps, batch, size = grad_TBH.shape
+        slope_TBH = 1 - h_TBH[1:].square()
+        by_x_TBH = torch.empty_like(slope_TBH)
+        state = torch.zeros_like(slope_TBH[0])
+        for t in range(steps - 1, -1, -1):
+            torch.mul(grad_TBH[t] + state, slope_TBH[t], out=by_x_TBH[t])
+            state = by_x_TBH[t] @ weight_hh
+        flat = by_x_TBH.view(steps * batch, size)
+        return by_x_TBH, flat.t() @ h_TBH[:-1].reshape(steps * batch, size)

@@ -42,7 +42,7 @@ class GRULayer(torch.autograd.Function):
         return h_TBH[1:]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight_hh, h_TBH, gates_TBG, new_TBH, hidden_new_TBH = ctx.saved_tensors
         steps, batch, size = new_TBH.shape
@@ -81,7 +81,7 @@ class TanhLayer(torch.autograd.Function):
         return h_TBH[1:]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TBH: Tensor) -> tuple[Tensor, Tensor]:
         weight_hh, h_TBH = ctx.saved_tensors
         steps, batch, size = grad_TBH.shape

@@ -71,10 +71,8 @@ class Member:
             }
             for group in self.groups
         ]
-        self.group_h = [
-            {**self.h, "weight_decay": self.h["weight_decay"] if group.decays else 0.0}
-            for group in self.groups
-        ]
+        decay = self.h["weight_decay"]
+        self.group_h = [{**self.h, "weight_decay": decay if g.decays else 0.0} for g in self.groups]
         self.averaged = [self.slots[f"ema/{name}"] for name in names] if self.h["ema"] else []
         self.clips = math.isfinite(self.h["grad_clip_norm"]) or math.isfinite(self.h["grad_clip_value"])
 

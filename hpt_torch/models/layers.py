@@ -71,26 +71,45 @@ def hash_bits(key: Tensor, count: int, device: torch.device) -> Tensor:
     A counter-based generator in the manner of Salmon et al. 2011 ("Parallel random numbers: as easy as 1,
     2, 3"), with the 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector) as its mixing function.
     """
-    words = _mix_(_counters((count + 1) // 2, device) ^ key)  # each gives two elements their bits
-    return torch.cat((words & 0xFFFF, (words >> 16) & 0xFFFF))[:count]
+    words = _counters((count + 1) // 2, device) ^ key  # each gives two elements their bits
+    low, half, c = _word(0xFFFF, device), _word(16, device), _word
+    # The masks make an arithmetic shift a logical one.
+    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B)):
+        words.bitwise_xor_((words >> c(shift, device)).bitwise_and_(c(mask, device))).mul_(c(factor, device))
+    high = (words >> half).bitwise_and_(low)
+    return torch.cat((words.bitwise_xor_(high).bitwise_and_(low), high))[:count]
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
+    return _plain(_make_counters, count, device)
+
+
+def _word(value: int, device: torch.device) -> Tensor:
+    """A constant as a tensor: a Python number would be converted again at every operation."""
+    return _plain(_make_word, value, device)
+
+
+def _plain(make: Any, *arguments: Any) -> Tensor:
+    """From the cache; inside a transform made anew, since what is made there does not outlive it."""
+    fresh = torch.compiler.is_compiling() or inside_transform()
+    made: Tensor = make.__wrapped__(*arguments) if fresh else make(*arguments)
+    return made
 
 
 @functools.lru_cache(maxsize=64)
-def _counters(count: int, device: torch.device) -> Tensor:
+def _make_counters(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_word(value: int, device: torch.device) -> Tensor:
+    return torch.tensor(_signed(value), dtype=torch.int32, device=device)
 
 
 def _signed(value: int) -> int:
     """The signed 32-bit integer with these bits."""
     value &= 0xFFFFFFFF
     return value - 2**32 if value >= 2**31 else value
-
-
-def _mix_(x: Tensor) -> Tensor:
-    """Mixes the bits of each int32 element, in place. The masks make an arithmetic shift a logical one."""
-    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B)):
-        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(_signed(factor))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def stream_key(key: int, stream: int) -> int:
@@ -101,10 +120,14 @@ def stream_key(key: int, stream: int) -> int:
     return _signed(x ^ (x >> 16))
 
 
-def set_noise(model: nn.Module, key: int) -> None:
+def stateless_layers(model: nn.Module) -> list[Dropout]:
+    return [module for module in model.modules() if isinstance(module, Dropout) and module.layer is not None]
+
+
+def set_noise(layers: Iterable[Dropout], key: int) -> None:
     """Gives every stateless layer its key of a step whose own key is `key` (32 bits)."""
-    for module in model.modules():
-        if isinstance(module, Dropout) and module.layer is not None:
+    for module in layers:
+        if module.layer is not None and module.rate != 0:
             module.noise_key.fill_(stream_key(key, module.layer))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpt_torch import lr_schedules, optim
-from hpt_torch.models.layers import set_noise
+from hpt_torch.models.layers import set_noise, stateless_layers
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 
@@ -41,6 +41,7 @@ class Member:
         self.sums = {name: t.clone() for name, t in self.views["sums"].items()}
         self.steps = population.step[i]
         self._read_hparams(hparams)
+        self.noisy = stateless_layers(self.model)
         self.noise = base.noise_seed(trainer.seed, trial)
         self._cuda = trainer.device.type == "cuda"
 
@@ -89,7 +90,7 @@ class Member:
     def step(self, batch: Mapping[str, Tensor], lr_factor: float) -> None:
         """One optimizer step. Everything random in it derives from (seed, trial, step)."""
         key = base.step_key(self.noise, self.steps)
-        set_noise(self.model, key)
+        set_noise(self.noisy, key)
         self.tensors["noise_key"].fill_(key)
         torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
         if self._cuda:

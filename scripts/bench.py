@@ -187,7 +187,8 @@ def throughput(
                 times["ordinary"].append(middle - start)
                 times["ours"].append(time.perf_counter() - middle)
         row: dict[str, Any] = {"model": label} | {k: rows / statistics.median(v) for k, v in times.items()}
-        row["ratio"] = statistics.median(a / b for a, b in zip(times["ordinary"], times["ours"], strict=True))
+        pairs = zip(times["ordinary"], times["ours"], strict=True)
+        row["ratio"] = statistics.median(a / b for a, b in pairs)
         results.append(row)
     print(f"{torch.get_num_threads()} threads, freed memory kept: {machine.keep_freed_memory()}\n")
     print(

@@ -191,9 +191,8 @@ def throughput(
         row["ratio"] = statistics.median(a / b for a, b in pairs)
         results.append(row)
     print(f"{torch.get_num_threads()} threads, freed memory kept: {machine.keep_freed_memory()}\n")
-    print(
-        f"| batch {batch_size} | ordinary loop, samples/s | loop trainer, samples/s | ratio |\n|---|---|---|---|"
-    )
+    print(f"| batch {batch_size} | ordinary loop, samples/s | loop trainer, samples/s | ratio |")
+    print("|---|---|---|---|")
     for row in results:
         print(f"| {row['model']} | {row['ordinary']:,.0f} | {row['ours']:,.0f} | {row['ratio']:.2f} x |")
     if json_path is not None:

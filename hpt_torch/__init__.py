@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hpt_torch.api import tune
-    from hpt_torch.data import Data, Rows, split
+    from hpt_torch.data import Data, Rows, Stream, split
     from hpt_torch.result import Result
     from hpt_torch.space import Choice, Float, Int
     from hpt_torch.task import Task
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ("tune",),
-    "data": ("Data", "Rows", "split"),
+    "data": ("Data", "Rows", "Stream", "split"),
     "result": ("Result",),
     "space": ("Choice", "Float", "Int"),
     "task": ("Task",),
@@ -66,6 +66,7 @@ __all__ = [
     "Result",
     "Rows",
     "RunError",
+    "Stream",
     "Task",
     "Trial",
     "TrialState",

@@ -21,10 +21,11 @@ def factors(name: str, epoch: int, batches: int, epochs: int, h: Mapping[str, An
 
     epoch: epochs trained before, batches: steps an epoch (S), epochs: of the whole trial.
 
-    Equal, step for step, to torch.optim.lr_scheduler's StepLR(step_epochs * S, step_gamma),
-    CosineAnnealingLR(epochs * S, cosine_min * lr), ExponentialLR(exponential_gamma ** (1 / S)),
-    OneCycleLR(lr, total_steps=epochs * S + 1, pct_start=one_cycle_start, div_factor=one_cycle_div,
-    final_div_factor=one_cycle_final_div) and, for warm-up over N steps, LinearLR(1 / N, total_iters=N - 1).
+    Equal, step for step and with N = epochs * S, to torch.optim.lr_scheduler's StepLR(step_epochs * S,
+    step_gamma), CosineAnnealingLR(N, cosine_min * lr), ExponentialLR(exponential_gamma ** (1 / S)),
+    OneCycleLR(lr, total_steps=N + 1, pct_start=(one_cycle_start * N + 1) / (N + 1),
+    div_factor=one_cycle_div, final_div_factor=one_cycle_final_div), whose peak lies one step early, and for
+    warm-up over W steps to LinearLR(1 / W, total_iters=W - 1).
     """
     done_S = epoch + torch.arange(batches, dtype=torch.float64) / batches
     match name:

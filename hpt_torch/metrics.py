@@ -7,6 +7,7 @@ A key that begins with ``each_`` is not a sum: its rows are put one after anothe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -55,10 +56,12 @@ def binary_cross_entropy(
     """Mean over rows of the summed binary cross-entropy of the C yes-or-no questions, shape ()."""
     yes_BC = F.one_hot(targets_B, logits_BC.shape[-1]).to(logits_BC.dtype)
     yes_BC = yes_BC * (1 - label_smoothing) + label_smoothing / 2
-    losses_BC = F.binary_cross_entropy_with_logits(logits_BC, yes_BC, reduction="none")
-    if class_weights_C is not None:
-        losses_BC = losses_BC * class_weights_C
-    return losses_BC.sum(-1).mean()
+    losses_B = F.binary_cross_entropy_with_logits(logits_BC, yes_BC, reduction="none").sum(-1)
+    if class_weights_C is None:
+        return losses_B.mean()
+    # A row counts as its class does: a weight a question would leave each question's optimum where it is.
+    weights_B = class_weights_C[targets_B]
+    return (losses_B * weights_B).sum() / weights_B.sum()
 
 
 def regression_loss(
@@ -112,7 +115,9 @@ def classification_metrics(sums: Mapping[str, Tensor], names: Iterable[str]) -> 
         elif name == "top5":
             values[name] = float(sums["top5"]) / rows
         elif name == "roc_auc":
-            values[name] = roc_auc(sums["each_probability"], sums["each_target"])
+            area = roc_auc(sums["each_probability"], sums["each_target"])
+            if not math.isnan(area):  # of train's sample: valid and hold-out have every class
+                values[name] = area
         else:
             values[name] = _macro(name, sums["confusion"])
     return values

@@ -49,24 +49,30 @@ class Population:
                 start = {"active": True, "best": None}.get(name, 0)
                 setattr(self, name, [start] * len(self))
 
-    def _stacks(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def stacks(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for group in GROUPS:
             yield group, getattr(self, group)
 
+    def copy(self) -> Population:
+        """Another population of the same members, in memory of its own."""
+        stacks: Any = {group: {n: t.clone() for n, t in tensors.items()} for group, tensors in self.stacks()}
+        places: Any = {name: list(getattr(self, name)) for name in PLACES}
+        return Population(trials=list(self.trials), hparams=list(self.hparams), **stacks, **places)
+
     def member(self, i: int) -> dict[str, dict[str, Tensor]]:
         """Views of member i's tensors, by group."""
-        return {group: {name: tensor[i] for name, tensor in stack.items()} for group, stack in self._stacks()}
+        return {group: {name: tensor[i] for name, tensor in stack.items()} for group, stack in self.stacks()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain data from which `restore` makes the same population."""
-        tensors = {f"{group}/{name}": t for group, stack in self._stacks() for name, t in stack.items()}
+        tensors = {f"{group}/{name}": t for group, stack in self.stacks() for name, t in stack.items()}
         return tensors, {name: list(getattr(self, name)) for name in ("trials", *PLACES)}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over a saved state in place. Raises ValueError unless it is one of these same members."""
         if list(meta["trials"]) != self.trials:
             raise ValueError(f"the state is of trials {meta['trials']}, not {self.trials}")
-        expected = {f"{group}/{name}": t for group, stack in self._stacks() for name, t in stack.items()}
+        expected = {f"{group}/{name}": t for group, stack in self.stacks() for name, t in stack.items()}
         if {k: t.shape for k, t in expected.items()} != {k: t.shape for k, t in tensors.items()}:
             raise ValueError("the state's tensors are not those of this model")
         for name, tensor in expected.items():

@@ -162,7 +162,9 @@ class TrainerSection(Section):
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
         description="auto, cpu, cuda, cuda:1, mps",
     )
-    engine: Literal["auto", "loop"] = "auto"
+    engine: Literal["auto", "loop", "fused"] = Field(
+        default="auto", description="auto, loop (one by one) or fused (trials of one signature at once)"
+    )
     keep: Literal["last", "best"] | None = Field(
         default=None,
         description="the epoch whose weights and score a trial keeps; unless given: last, with patience best",

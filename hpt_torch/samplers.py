@@ -18,7 +18,7 @@ from hpt_torch.space import Space
 from hpt_torch.types import HParams, HParamValue, Objective, Trial, TrialState
 
 SamplerName = Literal["tpe", "random", "grid", "gp"]
-ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 64, "grid": 64}
+ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 128, "grid": 256}
 
 
 def suggest(

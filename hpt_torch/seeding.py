@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,3 +38,18 @@ def torch_seeded(seed: int, *path: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *path))
         yield
+
+
+@contextlib.contextmanager
+def globally_seeded(seed: int, *path: str | int) -> Iterator[None]:
+    """Within the block, the global generators of torch (CPU), NumPy and Python are those of this purpose;
+    after it, as before. For code of the user that draws from them."""
+    numpys, pythons, derived = np.random.get_state(), random.getstate(), derive_seed(seed, *path)
+    try:
+        np.random.seed(derived & 0xFFFFFFFF)
+        random.seed(derived)
+        with torch_seeded(seed, *path):
+            yield
+    finally:
+        np.random.set_state(numpys)
+        random.setstate(pythons)

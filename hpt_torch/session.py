@@ -23,16 +23,20 @@ import torch
 from hpt_torch import __version__
 from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
+from hpt_torch.data import Data, Rows
+from hpt_torch.data.stream import fitted
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
+from hpt_torch.observers import Observer
 from hpt_torch.recipe import Recipe
 from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
 from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.rundir import RunDir, environment
 from hpt_torch.space import Choice, freeze
 from hpt_torch.task import Task
+from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
-from hpt_torch.tuner import Observer, Tuner
+from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
     HParams,
     InfeasibleError,
@@ -148,6 +152,8 @@ def run(
         if checked.recipe.trainer.tf32:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}
+        data = _data(checked, device)
+        where["train_rows"] = f"{'on' if isinstance(data.train, Rows) else 'streamed to'} {device}"
         session = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -157,8 +163,8 @@ def run(
         record.append(Event(kind="session", body=session))
         directory.write_json(directory.environment, where)
         write_atomic(directory.recipe, checked.recipe.to_toml().encode())
-        trainer = _trainer(checked, device)
-        with _stop_signals(observers) as received:
+        trainers = _trainers(checked, data, device)
+        with contextlib.closing(data), _stop_signals(observers) as received:
             tuner = Tuner(
                 recipe=checked.recipe,
                 hparams=checked.hparams,
@@ -166,7 +172,7 @@ def run(
                 objective=checked.objective,
                 directory=directory,
                 record=record,
-                trainer=trainer,
+                trainers=trainers,
                 observers=observers,
                 should_stop=lambda: bool(received),
             )
@@ -175,20 +181,33 @@ def run(
             raise Interrupted(received[0], f"stopped; everything is saved in {path}")
 
 
-def _trainer(checked: Checked, device: torch.device) -> LoopTrainer:
+def _data(checked: Checked, device: torch.device) -> Data:
+    """The data on the device; train rows that are too many for it are left in memory and streamed."""
+    data, dtype = checked.task.data(), getattr(torch, checked.recipe.trainer.dtype)
+    if device.type == "cuda":
+        data = fitted(data, dtype, torch.cuda.mem_get_info(device)[0])
+    return data.to(device, dtype)
+
+
+def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, LoopTrainer]:
+    """The engines, by name."""
     settings = checked.recipe.trainer
     dtype = getattr(torch, settings.dtype)
     keeps_best = settings.keep == "best" or settings.patience is not None
-    return LoopTrainer(
-        checked.task,
-        checked.task.data().to(device, dtype),
-        device=device,
-        dtype=dtype,
-        seed=checked.recipe.seed,
-        epochs=settings.epochs,
-        keep=checked.objective if keeps_best else None,
-        autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
-    )
+    engines: dict[str, type[LoopTrainer]] = {"loop": LoopTrainer, "fused": FusedTrainer}
+    return {
+        name: engine(
+            checked.task,
+            data,
+            device=device,
+            dtype=dtype,
+            seed=checked.recipe.seed,
+            epochs=settings.epochs,
+            keep=checked.objective if keeps_best else None,
+            autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
+        )
+        for name, engine in engines.items()
+    }
 
 
 # -- continuing ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpt_torch import hparams as h
 from hpt_torch import metrics as m
-from hpt_torch.data import DATASETS, Data
+from hpt_torch.data import DATASETS, Data, Rows
 from hpt_torch.hparams import HParamSpec, by_name
 from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
 from hpt_torch.models.augment import augment
@@ -66,7 +66,7 @@ class Supervised(Task):
         )
         self._factory, self._data = model, data
         self._model_specs = model_specs(model)
-        self._images = data.train.tensors["inputs"].dim() == 4
+        self._images = data.train.first()["inputs"].dim() == 4
         self._check_names()
         self.name = f"{getattr(model, '__name__', type(model).__name__)}-{data.name}"
 
@@ -98,10 +98,13 @@ class Supervised(Task):
 
     def _given(self) -> dict[str, Any]:
         """What the data decides of a model, by the names in `GIVEN`."""
-        inputs = self._data.train.tensors["inputs"]
         vocabulary = None
-        if inputs.dtype == torch.int64:
-            vocabulary = max(self._data.out_features, int(inputs.max()) + 1)
+        parts = [
+            part for part in (self._data.train, self._data.valid, self._data.holdout) if part is not None
+        ]
+        seen = [(part.tensors if isinstance(part, Rows) else part.first())["inputs"] for part in parts]
+        if seen[0].dtype == torch.int64:
+            vocabulary = max(self._data.out_features, *(int(inputs.max()) + 1 for inputs in seen))
         return dict(zip(GIVEN, (self._data.input_shape, self._data.out_features, vocabulary), strict=True))
 
     def forward(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any] | None = None) -> Tensor:
@@ -131,28 +134,41 @@ class Classification(Supervised):
         self, model: Callable[..., nn.Module], data: Data, *, metrics: Sequence[str] | None = None
     ) -> None:
         super().__init__(model, data, metrics=metrics)
-        targets = data.train.tensors["targets"]
-        if targets.is_floating_point():
+        if data.train.first()["targets"].is_floating_point():
             raise TaskError(
                 "classification needs integer targets (class numbers), got real ones: use Regression"
             )
-        counts = torch.bincount(targets.reshape(-1), minlength=data.out_features)
         if "roc_auc" in self.wanted:
             for part in (data.valid, data.holdout):
                 if (
-                    part is not None
-                    and len(torch.bincount(part.tensors["targets"]).nonzero()) < data.out_features
+                    isinstance(part, Rows)
+                    and len(torch.bincount(part.tensors["targets"].reshape(-1)).nonzero()) < data.out_features
                 ):
                     raise TaskError("metrics: roc_auc needs rows of every class in valid and hold-out")
-        self._weights_C = targets.numel() / (data.out_features * counts.clamp(min=1).double())
+        self._weights_C: Tensor | None = None
+        if isinstance(data.train, Rows):
+            targets = data.train.tensors["targets"]
+            counts = torch.bincount(targets.reshape(-1), minlength=data.out_features)
+            self._weights_C = targets.numel() / (data.out_features * counts.clamp(min=1).double())
+
+    def build_model(self, hparams: HParams) -> nn.Module:
+        if hparams.get("class_weights") == "balanced" and self._weights_C is None:
+            raise TaskError(
+                "class_weights: balanced counts the targets of all train rows, which a Stream has not at "
+                "hand; use none, or weigh the classes in the loss of a subclass of Classification"
+            )
+        return super().build_model(hparams)
 
     def loss(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any]) -> Tensor:
         logits = self.forward(model, batch, hparams)
-        weights_C = None
-        if hparams["class_weights"] == "balanced":
-            weights_C = self._weights_C = self._weights_C.to(logits.device, logits.dtype)
         function = m.cross_entropy if hparams["loss"] == "cross_entropy" else m.binary_cross_entropy
-        return function(logits, batch["targets"], hparams["label_smoothing"], weights_C)
+        if hparams["class_weights"] != "balanced":
+            return function(logits, batch["targets"], hparams["label_smoothing"])
+        assert self._weights_C is not None  # build_model refuses it otherwise
+        weights_C = self._weights_C.to(logits.device, logits.dtype)
+        mean = function(logits, batch["targets"], hparams["label_smoothing"], weights_C)
+        # Not the mean over the batch's weights: parts of a batch, and batches, must add up to the whole.
+        return mean * weights_C[batch["targets"]].mean()
 
     def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         return m.classification_sums(self.forward(model, batch), batch["targets"], self.wanted)
@@ -234,8 +250,10 @@ def from_names(
     try:
         return KINDS[kind](factory, made, metrics=metrics)
     except TaskError as error:
+        text = str(error)
+        field = "model" if text.startswith(repr(factory)) else "kind"
         raise TaskError(
-            f"task.{error}" if str(error).startswith("metrics: ") else f"task.kind: {error}"
+            f"task.{text}" if text.startswith("metrics: ") else f"task.{field}: {text}"
         ) from error
 
 

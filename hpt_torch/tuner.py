@@ -7,17 +7,18 @@ running is resuming.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint, samplers
 from hpt_torch.hparams import signature
+from hpt_torch.observers import Observer
 from hpt_torch.population import Population
 from hpt_torch.recipe import Recipe, planned_trials
 from hpt_torch.record import (
@@ -32,8 +33,11 @@ from hpt_torch.record import (
 )
 from hpt_torch.rundir import RunDir
 from hpt_torch.task import Task
+from hpt_torch.trainers import planner
 from hpt_torch.trainers.base import evaluate
+from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import (
     DamageError,
     HParams,
@@ -48,26 +52,6 @@ from hpt_torch.types import (
 _KEEP_STATES = 2  # the newest state files of a chunk: if one is damaged, the one before serves
 
 
-class Observer(Protocol):
-    """Sees what is recorded, after it was. Nothing it writes is needed to go on."""
-
-    def started(self, tuner: Tuner) -> None: ...
-
-    def recorded(self, tuner: Tuner, events: Sequence[Event]) -> None: ...
-
-    def ended(self, tuner: Tuner) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Trials of one signature that train together, as planned and recorded."""
-
-    key: str
-    trials: tuple[int, ...]
-
-
 class Tuner:
     """One session of a run. `run` returns when every budget is used; it raises what it cannot handle."""
 
@@ -80,16 +64,18 @@ class Tuner:
         objective: Objective,
         directory: RunDir,
         record: Record,
-        trainer: LoopTrainer,
+        trainers: Mapping[str, LoopTrainer],
         observers: Sequence[Observer] = (),
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.recipe, self.task, self.objective = recipe, task, objective
         self.fixed = hparams  # the fixed hyperparameters, defaults included
-        self.dir, self.record, self.trainer = directory, record, trainer
+        self.dir, self.record = directory, record
+        self.trainers, self.trainer = trainers, trainers["loop"]
         self.observers, self._should_stop = observers, should_stop
         self._used_before = record.seconds_used()
         self._saved_at = time.monotonic()
+        self._told: set[str] = set()
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
@@ -159,17 +145,49 @@ class Tuner:
         for trial, point in zip(numbers, points, strict=True):
             full = {**self.fixed, **point}
             events.append(trial_event(trial, number, point, signature(full, self.trainer.dynamic)))
-        plan = [{"key": f"chunk-{trial}", "trials": [trial]} for trial in numbers]
-        events.append(Event(kind="plan", body={"round": number, "engine": "loop", "chunks": plan}))
-        self._commit(*events)
+        signatures = [(event.body["trial"], event.body["signature"]) for event in events]
+        full_of = {trial: {**self.fixed, **point} for trial, point in zip(numbers, points, strict=True)}
+        chunks = planner.plan(
+            signatures,
+            engine=self.recipe.trainer.engine,
+            device=self.trainer.device.type,
+            traits=lambda trial: self.trainer.traits(full_of[trial], trial),
+            why_not=lambda trials: self._why_not(trials, [full_of[trial] for trial in trials]),
+        )
+        plan = [dataclasses.asdict(chunk) for chunk in chunks]
+        self._commit(*events, Event(kind="plan", body={"round": number, "chunks": plan}))
+        self._tell_plan(chunks)
         return True
+
+    def _why_not(self, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
+        """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
+        fused = self.trainers["fused"]
+        assert isinstance(fused, FusedTrainer)
+        try:
+            return fused.why_not(fused.init(trials, hparams))
+        except Exception as error:
+            return f"its model cannot be built ({error})"
+
+    def _tell_plan(self, chunks: Sequence[Chunk]) -> None:
+        """Says once, for each reason, why trials are trained as they are."""
+        for chunk in chunks:
+            together = f"{len(chunk.trials)} trials at once" if chunk.engine == "fused" else "one by one"
+            if chunk.engine == "fused" or "mapped" in chunk.why:
+                line = f"engine {chunk.engine}: {together} ({chunk.why})"
+                if line not in self._told:
+                    self._told.add(line)
+                    self._say(line)
 
     def _open_chunks(self) -> list[Chunk]:
         """The planned chunks that still have unfinished trials, in their recorded order."""
         plan = self.record.last("plan")
         if plan is None:
             return []
-        chunks = [Chunk(key=c["key"], trials=tuple(c["trials"])) for c in plan.body["chunks"]]
+        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
+        chunks = [
+            Chunk(c["key"], tuple(c["trials"]), "loop" if c["key"] in fallen else c["engine"], c["why"])
+            for c in plan.body["chunks"]
+        ]
         return [c for c in chunks if any(not self.record.trials[n].state.is_finished for n in c.trials)]
 
     # -- training --------------------------------------------------------------------------------------
@@ -184,7 +202,16 @@ class Tuner:
             boundary = (
                 min(epoch for epoch, on in zip(population.epoch, population.active, strict=True) if on) + 1
             )
-            result = self.trainer.train(population, boundary, should_pause=self._should_pause)
+            try:
+                trainer = self.trainers[chunk.engine]
+                result = trainer.train(population, boundary, should_pause=self._should_pause)
+            except Exception:  # user code, in a step of all members: one by one the culprit will show
+                if chunk.engine == "loop":
+                    raise
+                body = {"key": chunk.key, "reason": traceback.format_exc(limit=-8)}
+                self._commit(Event(kind="fallback", body=body))
+                self._say(f"trials {chunk.trials} failed together and are trained one by one")
+                return True
             events = [report_event(report) for report in result.reports if self._is_new(report)]
             for trial, reason in result.failed.items():
                 events.append(finish_event(trial, TrialState.FAILED, reason))
@@ -232,6 +259,8 @@ class Tuner:
         recorded = self.record.report_at(report.trial, report.epoch)
         if recorded is None:
             return True
+        if self._fell_back(report.trial):
+            return False  # trained by another engine since, which rounds differently
         if dict(recorded.metrics) != dict(report.metrics):
             name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
             raise RunError(
@@ -241,6 +270,10 @@ class Tuner:
                 "Nothing was overwritten"
             )
         return False
+
+    def _fell_back(self, trial: int) -> bool:
+        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
+        return bool(fallen) and any(c.key in fallen and trial in c.trials for c in self._open_chunks())
 
     def _finished(self, population: Population) -> list[int]:
         """The members that have all their epochs, or no better score for `patience` of them."""

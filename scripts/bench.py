@@ -174,8 +174,9 @@ def throughput(
 
         def ours(member: Any = member, trainer: Any = trainer, epoch: int = 0) -> None:
             order = trainer.order.epoch(epoch)
-            for i in range(rows // batch_size):
-                member.step(trainer._batch(order, i, batch_size), 1.0)
+            whole = rows // batch_size * batch_size
+            for _, batch in trainer.data.train.batches(order[:whole], batch_size):
+                member.step(batch, 1.0)
 
         times: dict[str, list[float]] = {"ordinary": [], "ours": []}
         for repeat in range(repeats + 1):

@@ -106,22 +106,22 @@ class _stop_after:
         self.steps = steps
 
     def __enter__(self) -> None:
-        from hpt_torch.trainers.loop import _Member
+        from hpt_torch.trainers.member import Member
 
-        self.original = original = _Member.step
+        self.original = original = Member.step
 
-        def step(member: Any, batch: Any) -> None:
-            original(member, batch)
+        def step(member: Any, batch: Any, lr_factor: float) -> None:
+            original(member, batch, lr_factor)
             self.steps -= 1
             if self.steps == 0:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        _Member.step = step  # type: ignore[method-assign]
+        Member.step = step  # type: ignore[method-assign]
 
     def __exit__(self, *details: object) -> None:
-        from hpt_torch.trainers.loop import _Member
+        from hpt_torch.trainers.member import Member
 
-        _Member.step = self.original  # type: ignore[method-assign]
+        Member.step = self.original  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

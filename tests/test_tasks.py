@@ -137,7 +137,7 @@ def test_the_first_metric_is_optimised(
 
 def test_a_metric_named_twice_counts_once() -> None:
     task = Classification(Linear, _blobs(), metrics=["f1", "accuracy", "f1"])
-    assert task.metric_names == ("f1", "accuracy")
+    assert task.metric_names == ("loss", "f1", "accuracy")
 
 
 # -- class weights -------------------------------------------------------------------------------------
@@ -281,17 +281,21 @@ def test_real_inputs_have_no_vocabulary() -> None:
     assert task.build_model(_hparams(task)).embedding is None
 
 
-def test_a_lost_rows_loss_is_a_mean_over_steps() -> None:
-    """A class at every step: cross-entropy, accuracy and rows count steps."""
+def test_a_class_at_every_step_makes_losses_and_metrics_means_over_steps() -> None:
     data = DATASETS["copying"](rows=30, symbols=3, copied=2, delay=2)
     task = Classification(RNN, data, metrics=["accuracy", "f1"])
     hparams = _hparams(task, readout="all")
     model, batch = task.build_model(hparams).eval(), data.valid.tensors
-    logits = model(batch["inputs"])
+    with torch.no_grad():
+        logits = model(batch["inputs"])
+        got, loss = task.finalize(task.metrics(model, batch)), task.loss(model, batch, hparams)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
-    torch.testing.assert_close(task.loss(model, batch, hparams), expected)
-    got = task.finalize(task.metrics(model, batch))
+    torch.testing.assert_close(loss, expected)
     assert got["loss"] == pytest.approx(float(expected), rel=1e-5)
+    steps = batch["targets"].flatten()
+    guesses = logits.argmax(-1).flatten()
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(steps, guesses))
+    assert got["f1"] == pytest.approx(sk.f1_score(steps, guesses, average="macro", zero_division=0))
 
 
 # -- roc_auc -------------------------------------------------------------------------------------------
@@ -412,7 +416,7 @@ def test_an_augmentation_name_clashes_with_images_only() -> None:
 
 
 def test_other_factories_that_cannot_be() -> None:
-    with pytest.raises(TaskError, match="argument 'input_shape' must be allowed as a keyword"):
+    with pytest.raises(TaskError, match="argument 'width' must be allowed as a keyword"):
         Classification(_Clash.positional, _blobs())
 
     class Wrong(Linear):
@@ -485,8 +489,8 @@ def test_from_names() -> None:
     ("given", "text"),
     [
         (
-            {"kind": "clustering"},
-            "task.kind: must be classification, regression, reconstruction or module:factory, got 'clustering'",
+            {"kind": "cluster"},
+            "task.kind: must be classification, regression, reconstruction or module:factory, got 'cluster'",
         ),
         (
             {"kind": "python"},

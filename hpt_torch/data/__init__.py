@@ -1,9 +1,9 @@
-"""Data sets as tensors: materialised once, kept on the device, split before anything is learned from them."""
+"""Data sets as tensors, kept on the device or streamed, split before anything is learned from them."""
 
 from collections.abc import Callable
 
 from hpt_torch.data.arrays import npz
-from hpt_torch.data.base import Column, Data, Rows
+from hpt_torch.data.base import Column, Data, Part, Rows
 from hpt_torch.data.images import (
     as_rows,
     cifar10,
@@ -19,6 +19,7 @@ from hpt_torch.data.images import (
 )
 from hpt_torch.data.sequences import japanese_vowels, text, ts
 from hpt_torch.data.splits import split
+from hpt_torch.data.stream import Stream
 from hpt_torch.data.synthetic import adding, copying, teacher_student
 from hpt_torch.data.tabular import breast_cancer, csv, diabetes, digits, iris, wine
 
@@ -33,4 +34,4 @@ DATASETS: dict[str, Callable[..., Data]] = {
     )
 }
 
-__all__ = ["DATASETS", "Column", "Data", "Rows", "as_rows", "split", *DATASETS]
+__all__ = ["DATASETS", "Column", "Data", "Part", "Rows", "Stream", "as_rows", "split", *DATASETS]

@@ -1,12 +1,13 @@
-"""`Rows` (aligned tensors) and `Data` (train, valid, hold-out): what every data set becomes."""
+"""`Part` (what trainers read), `Rows` (a part in memory), `Data` (train, valid, hold-out)."""
 
 # N rows, B batch, C channels, H height, W width
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,65 @@ from torch import Tensor
 
 from hpt_torch.types import TaskError
 
-_CHUNK_ROWS = 8192  # pixels become real numbers this many rows at a time, to bound the memory in between
+GATHER = 16  # batches that are gathered at once
+_CHUNK_ROWS = 8192  # rows are converted this many at a time, to bound the memory in between
+
+
+class Part(abc.ABC):
+    """N rows of named tensors (`inputs`, `targets`, whatever a task reads), given out in batches."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where the batches are."""
+
+    @abc.abstractmethod
+    def first(self) -> dict[str, Tensor]:
+        """The first row as a batch of one, as it was given: for shapes and dtypes."""
+
+    @abc.abstractmethod
+    def select(self, index: Tensor) -> dict[str, Tensor]:
+        """The rows at `index`, shape (B,), as a batch."""
+
+    @abc.abstractmethod
+    def slice(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows that lie together, as a batch."""
+
+    @abc.abstractmethod
+    def batches(
+        self, order: Tensor | None, size: int, start: int = 0
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(i, batch i) from batch `start` on, each of `size` rows (the last of what is left).
+
+        order: the row numbers, shape (B,); None takes all rows as they lie.
+        """
+
+    @abc.abstractmethod
+    def subset(self, index: Tensor) -> Part:
+        """The rows at `index`, shape (B,), as a part of the same kind."""
+
+    @abc.abstractmethod
+    def to(
+        self, device: torch.device, dtype: torch.dtype, *, scale: tuple[Tensor, Tensor] | None = None
+    ) -> Part:
+        """On the device; real numbers in `dtype`; images (N, C, H, W) channels-last, the faster layout.
+
+        scale: mean and standard deviation that make uint8 `inputs` real numbers, `(x / 255 - mean) / std`.
+        """
+
+    @abc.abstractmethod
+    def digest(self, digest: Any) -> None:
+        """Feeds the hash with what tells these rows from others."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to let go of, unless a part says so
+        """Lets go of what is held for reading (processes)."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Part):
     """Tensors with one first dimension of N rows, by name: `inputs`, `targets`, whatever a task reads."""
 
     tensors: Mapping[str, Tensor]
@@ -34,27 +89,56 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def first(self) -> dict[str, Tensor]:
+        return self.slice(0, 1)
+
     def select(self, index: Tensor) -> dict[str, Tensor]:
         """The rows at `index`, shape (B,), as a batch."""
-        return {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
+        return {name: _selected(tensor, index) for name, tensor in self.tensors.items()}
 
     def slice(self, start: int, stop: int) -> dict[str, Tensor]:
         return {name: tensor[start:stop] for name, tensor in self.tensors.items()}
 
+    def batches(
+        self, order: Tensor | None, size: int, start: int = 0
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """As `Part.batches`. Several are gathered at once, always the same ones together, so that a batch
+        lies where it lay when an epoch is continued in its middle."""
+        rows = len(self) if order is None else len(order)
+        gathered, block = self, -1
+        for index in range(start, -(-rows // size)):
+            first = 0
+            if order is not None:
+                first = index - index % GATHER
+                if first != block:
+                    gathered = Rows(self.select(order[first * size : (first + GATHER) * size]))
+                    block = first
+            yield index, gathered.slice((index - first) * size, (index - first + 1) * size)
+
+    def subset(self, index: Tensor) -> Rows:
+        return Rows(self.select(index.to(self.device)))
+
     def to(
         self, device: torch.device, dtype: torch.dtype, *, scale: tuple[Tensor, Tensor] | None = None
     ) -> Rows:
-        """On the device; real numbers in `dtype`; images (N, C, H, W) channels-last, the faster layout.
-
-        scale: mean and standard deviation that make uint8 `inputs` real numbers, `(x / 255 - mean) / std`.
-        """
         moved = {}
         for name, tensor in self.tensors.items():
             if scale is not None and name == "inputs" and tensor.dtype == torch.uint8:
-                tensor = _normalised(tensor, *scale, device, dtype)
-            tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            moved[name] = tensor.contiguous(memory_format=_layout(tensor))
+                tensor = normalised(tensor, *scale, device, dtype)
+            elif tensor.device != device:
+                tensor = _carried(tensor, device, dtype if tensor.is_floating_point() else tensor.dtype)
+            elif tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            moved[name] = tensor.contiguous(memory_format=layout(tensor))
         return Rows(moved)
+
+    def digest(self, digest: Any) -> None:
+        for name, tensor in sorted(self.tensors.items()):
+            digest_tensor(digest, name, tensor)
 
 
 @dataclass(frozen=True)
@@ -78,9 +162,9 @@ class Data:
     """A data set in three parts. Trials are trained on `train`, scored on `valid`; `holdout` is read once,
     after the search has chosen."""
 
-    train: Rows
-    valid: Rows
-    holdout: Rows | None = None
+    train: Part
+    valid: Part
+    holdout: Part | None = None
     out_features: int = 1  # classes, or values to predict
     name: str = "data"
     mean: Tensor | None = None  # (C, 1, 1), of the train pixels / 255, where `inputs` are uint8 images
@@ -89,12 +173,18 @@ class Data:
     columns: tuple[Column, ...] = ()  # of a table, as they were read: ``print(*data.columns, sep="\n")``
 
     def __post_init__(self) -> None:
+        for name, part in (("train", self.train), ("valid", self.valid), ("holdout", self.holdout)):
+            if not isinstance(part, Part) and not (name == "holdout" and part is None):
+                raise TaskError(
+                    f"{name} must be a hpt_torch.Rows or a hpt_torch.Stream, got a {type(part).__name__}; "
+                    "hpt_torch.Stream(dataset) reads a torch data set (of a DataLoader: `loader.dataset`)"
+                )
         if (self.mean is None) != (self.std is None):
             raise TaskError("mean and std must be given together; give both or neither")
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.train.tensors["inputs"].shape[1:])
+        return tuple(self.train.first()["inputs"].shape[1:])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Data:
         """On the device, as models read it: where there is a mean, uint8 pixels become normalised reals."""
@@ -108,32 +198,65 @@ class Data:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor, so that a run is not continued on other data."""
+        """SHA-256 over every tensor, so that a run is not continued on other data.
+
+        Of a `Stream` it covers the length and a few items spread over the set.
+        """
         digest = hashlib.sha256()
         for part in (self.train, self.valid, self.holdout):
-            for name, tensor in sorted(part.tensors.items()) if part is not None else ():
-                _digest(digest, name, tensor)
+            if part is not None:
+                part.digest(digest)
         for name, statistic in (("mean", self.mean), ("std", self.std)):
             if statistic is not None:
-                _digest(digest, name, statistic)
+                digest_tensor(digest, name, statistic)
         return digest.hexdigest()
 
+    def close(self) -> None:
+        """Ends the processes that streams read with, if there are any."""
+        for part in (self.train, self.valid, self.holdout):
+            if part is not None:
+                part.close()
 
-def _digest(digest: Any, name: str, tensor: Tensor) -> None:
+
+def digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+def layout(tensor: Tensor) -> torch.memory_format:
+    """Channels-last for images; where there is one channel or one pixel both layouts are the same."""
+    image = tensor.dim() == 4 and tensor.shape[1] > 1 and tensor[0, 0].numel() > 1 if len(tensor) else False
+    return torch.channels_last if image else torch.contiguous_format
 
 
-def _normalised(
-    pixels: Tensor, mean: Tensor, std: Tensor, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def laid_out(flat: Tensor, shape: torch.Size) -> Tensor:
+    """The numbers of `flat` as a tensor of this shape, in its layout."""
+    if layout(flat.view(shape)) is torch.contiguous_format:
+        return flat.view(shape)
+    n, c, h, w = shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _selected(tensor: Tensor, index: Tensor) -> Tensor:
+    """The rows at `index`, in the layout of `tensor`: index_select alone would make them contiguous."""
+    if layout(tensor) is torch.channels_last and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return tensor.index_select(0, index)
+
+
+def _carried(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On another device, in its layout, by chunks: never twice there, which data close to its size needs."""
+    there = torch.empty(tensor.shape, device=device, dtype=dtype, memory_format=layout(tensor))
+    for start in range(0, len(tensor), _CHUNK_ROWS):
+        there[start : start + _CHUNK_ROWS] = tensor[start : start + _CHUNK_ROWS].to(device)
+    return there
+
+
+def normalised(pixels: Tensor, mean: Tensor, std: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`(x / 255 - mean) / std` of uint8 pixels, on the device."""
     wide = torch.promote_types(dtype, torch.float32)  # computed in at least float32, rounded once at the end
     mean, std = mean.to(device, wide), std.to(device, wide)
-    reals = torch.empty(pixels.shape, device=device, dtype=dtype, memory_format=_layout(pixels))
+    reals = torch.empty(pixels.shape, device=device, dtype=dtype, memory_format=layout(pixels))
     for start in range(0, len(pixels), _CHUNK_ROWS):
         chunk = pixels[start : start + _CHUNK_ROWS].to(device).to(wide)
         reals[start : start + _CHUNK_ROWS] = (chunk / 255 - mean) / std

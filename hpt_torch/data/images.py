@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from hpt_torch.data.arrays import read_npz
-from hpt_torch.data.base import Data, Rows
+from hpt_torch.data.base import Data, Part, Rows
 from hpt_torch.data.cache import cached
 from hpt_torch.data.image_sources import as_nchw, find
 from hpt_torch.data.splits import Array, split, stratified_subset
@@ -119,7 +119,11 @@ def as_rows(data: Data) -> Data:
             f"as_rows needs images of one channel, (1, H, W) each, got {shape}; choose another data set"
         )
 
-    def flat(rows: Rows) -> Rows:
+    def flat(rows: Part) -> Rows:
+        if not isinstance(rows, Rows):
+            raise TaskError(
+                "as_rows needs images in memory, got a Stream; let its data set leave the channel out"
+            )
         return Rows({**rows.tensors, "inputs": rows.tensors["inputs"].squeeze(1)})
 
     return dataclasses.replace(
@@ -180,6 +184,7 @@ def _images(
         name=name,
         classes=classes,
     )
+    assert isinstance(data.train, Rows)  # `split` makes no other
     mean, std = _pixel_statistics(data.train.tensors["inputs"])
     return dataclasses.replace(data, mean=mean, std=std)
 

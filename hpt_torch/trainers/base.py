@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpt_torch.data import Rows
+from hpt_torch.data import Part, Rows
 from hpt_torch.models.layers import Dropout, make_stateless
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
@@ -88,29 +89,30 @@ def load_weights(
     return model.eval()
 
 
-def probe(train: Rows, valid: Rows, seed: int) -> Rows:
+def probe(train: Part, valid: Part, seed: int) -> Part:
     """The train rows on which train metrics are measured: as many as there are valid rows, chosen once.
 
     So that the gap between train and valid is that of two equally large samples, both in evaluation mode,
-    at a cost that does not grow with the train split.
+    at a cost that does not grow with the train split. They are in memory where the valid rows are.
     """
     count = min(len(train), len(valid))
-    chosen = generator(seed, "probe").permutation(len(train))[:count]
-    index = torch.from_numpy(chosen).to(next(iter(train.tensors.values())).device)
-    return Rows(train.select(index))
+    index = torch.from_numpy(generator(seed, "probe").permutation(len(train))[:count])
+    if isinstance(valid, Rows):
+        return Rows(train.select(index.to(train.device)))
+    return train.subset(index)
 
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, rows: Rows, autocast: torch.dtype | None = None
+    task: Task, model: nn.Module, rows: Part, autocast: torch.dtype | None = None
 ) -> dict[str, float]:
     """The task's metrics over all rows, in evaluation mode."""
     was_training = model.training
     model.eval()
     totals: dict[str, Tensor | list[Tensor]] = {}
-    for start in range(0, len(rows), EVALUATION_BATCH):
+    for _, batch in rows.batches(None, EVALUATION_BATCH):
         with cast(rows, autocast):
-            sums = task.metrics(model, rows.slice(start, start + EVALUATION_BATCH))
+            sums = task.metrics(model, batch)
         for name, value in sums.items():
             if name.startswith("each_"):
                 totals.setdefault(name, []).append(value)  # type: ignore[union-attr]
@@ -120,12 +122,11 @@ def evaluate(
     return dict(task.finalize({n: torch.cat(t) if isinstance(t, list) else t for n, t in totals.items()}))
 
 
-def cast(rows: Rows, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast to `dtype` on the device of the rows; nothing for None."""
     if dtype is None:
         return contextlib.nullcontext()
-    device = next(iter(rows.tensors.values())).device
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(rows.device.type, dtype=dtype)
 
 
 def noise_seed(seed: int, trial: int) -> int:
@@ -133,10 +134,32 @@ def noise_seed(seed: int, trial: int) -> int:
     return derive_seed(seed, "noise", trial, bits=32)
 
 
-def step_key(noise: int, step: int) -> int:
-    """The noise key of a step, as a signed 32-bit integer."""
+def step_key(noise: int, step: int, part: int = 0) -> int:
+    """The noise key of a step, or of one part of its batch, as a signed 32-bit integer."""
     value = (noise + 0x9E3779B9 * (step + 1)) & 0xFFFFFFFF
+    if part:
+        value = (value + 0x9E3779B9 * (part + 1)) & 0xFFFFFFFF
     return value - 2**32 if value >= 2**31 else value
+
+
+def noise_keys(noise_P: Any, steps_P: Any, batches: int, parts: int, layers: Sequence[int]) -> Any:
+    """`step_key`, and `stream_key` of each layer from it, of many steps at once.
+
+    int32, shape (S, A, P, L + 1), for S batches of A parts; the last of the L + 1 is the step's own key.
+
+    noise_P: the members' noise seeds; steps_P: how many steps each has taken; both uint64.
+    """
+    low, golden = np.uint64(0xFFFFFFFF), np.uint64(0x9E3779B9)
+    steps_SP = steps_P + np.arange(batches, dtype=np.uint64)[:, None]
+    key_SP = (noise_P + golden * (steps_SP + np.uint64(1))) & low
+    offset_A = np.array([0, *range(2, parts + 1)], dtype=np.uint64)[:, None]
+    key_SAP = (key_SP[:, None] + golden * offset_A) & low
+    streams_L = np.array(layers, dtype=np.uint64) + np.uint64(1)
+    x = (key_SAP[..., None] + golden * streams_L) & low
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & low
+    x = x ^ (x >> np.uint64(16))
+    return np.concatenate((x, key_SAP[..., None]), axis=-1).astype(np.uint32).view(np.int32)
 
 
 def diverged(metrics: Mapping[str, Any], epoch: int, train_loss: float) -> str | None:

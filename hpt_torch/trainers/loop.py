@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hpt_torch import optim
-from hpt_torch.data import Data, Rows
+from hpt_torch.data import Data
 from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
 from hpt_torch.trainers.member import Member
-from hpt_torch.types import HParams, Objective, Report
-
-_GATHER = 16  # batches
+from hpt_torch.types import HParams, InfeasibleError, Objective, Report
 
 
 class LoopTrainer:
@@ -49,8 +47,7 @@ class LoopTrainer:
         self.dynamic = task.dynamic_hparams
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed)
-        self._channels_last = any(t.dim() == 4 for t in data.train.tensors.values())
-        self._gathered: tuple[Tensor, int, int, Rows] | None = None
+        self._channels_last = any(t.dim() == 4 for t in data.train.first().values())
         self._module: tuple[int, HParams, nn.Module] | None = None
 
     # -- members ---------------------------------------------------------------------------------------
@@ -59,6 +56,16 @@ class LoopTrainer:
         """The trial's untrained model on the device. Raises InfeasibleError where there is none."""
         model = base.build(self.task, hparams, trial, self.seed).to(self.device, self.dtype)
         return model.to(memory_format=torch.channels_last) if self._channels_last else model
+
+    def traits(self, hparams: HParams, trial: int) -> frozenset[str]:
+        """What of the trial's model decides how it trains fastest: convolution, lstm."""
+        found = set()
+        for module in self.module(hparams, trial).modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                found.add("convolution")
+            if isinstance(module, nn.LSTM) or getattr(module, "cell", None) == "lstm":
+                found.add("lstm")
+        return frozenset(found)
 
     def module(self, hparams: HParams, trial: int) -> nn.Module:
         """The trial's module to train in; its tensors hold whatever they held last."""
@@ -117,6 +124,8 @@ class LoopTrainer:
             if optim.matches(name, patterns):  # type: ignore[arg-type]
                 parameter.requires_grad_(False)
         learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if not learned:
+            raise InfeasibleError("every parameter is frozen, so nothing is left to train; freeze fewer")
         fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
         fixed |= {n: b for n, b in model.named_buffers() if not base.is_hparam_buffer(n, self.dynamic)}
         return learned, fixed
@@ -150,8 +159,9 @@ class LoopTrainer:
         size = min(int(member.h["batch_size"]), len(order))
         batches = self.order.batches(size)
         factors = member.lr_factors(batches)
-        for index in range(population.batch[i], batches):
-            member.step(self._batch(order, index, size), factors[index])
+        rows = self.data.train.batches(order[: batches * size], size, population.batch[i])
+        for index, batch in rows:
+            member.step(batch, factors[index])
             if should_pause() and index + 1 < batches:
                 member.store(batch=index + 1)
                 result.paused = True
@@ -173,15 +183,6 @@ class LoopTrainer:
             trial=population.trials[i], epoch=population.epoch[i], metrics=metrics, seconds=seconds
         )
         result.reports.append(report)
-
-    def _batch(self, order: Tensor, index: int, size: int) -> dict[str, Tensor]:
-        """Batch `index` of the epoch. Several are gathered at once, always the same ones together, so that
-        a batch lies where it lay when the epoch is continued in its middle."""
-        first = index - index % _GATHER
-        if self._gathered is None or self._gathered[0] is not order or self._gathered[1:3] != (first, size):
-            rows = Rows(self.data.train.select(order[first * size : (first + _GATHER) * size]))
-            self._gathered = order, first, size, rows
-        return self._gathered[3].slice((index - first) * size, (index - first + 1) * size)
 
     def _keep_if_best(self, population: Population, i: int, member: Member, score: float) -> None:
         before = population.best[i]

@@ -90,8 +90,7 @@ class Member:
     def step(self, batch: Mapping[str, Tensor], lr_factor: float) -> None:
         """One optimizer step. Everything random in it derives from (seed, trial, step)."""
         key = base.step_key(self.noise, self.steps)
-        set_noise(self.noisy, key)
-        self.tensors["noise_key"].fill_(key)
+        self._set_noise(key)
         torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
         if self._cuda:
             torch.cuda.manual_seed(key & 0xFFFFFFFF)
@@ -121,6 +120,10 @@ class Member:
                 torch._foreach_lerp_(self.averaged, list(self.learned.values()), 1 - self.h["ema_decay"])
         self.sums["loss"] += loss
 
+    def _set_noise(self, key: int) -> None:
+        set_noise(self.noisy, key)
+        self.tensors["noise_key"].fill_(key)
+
     def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of the batch, in one piece or added up over its parts."""
         task, rows = self.trainer.task, len(next(iter(batch.values())))
@@ -128,6 +131,8 @@ class Member:
         loss, grads = torch.zeros((), device=self.trainer.device), None
         for part in range(parts):
             start, stop = rows * part // parts, rows * (part + 1) // parts
+            if part:
+                self._set_noise(base.step_key(self.noise, self.steps, part))
             piece = batch if parts == 1 else {name: tensor[start:stop] for name, tensor in batch.items()}
             with base.cast(self.trainer.probe, self.trainer.autocast):
                 share = task.loss(self.model, piece, self.tensors)

@@ -34,6 +34,7 @@ from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.rundir import RunDir, environment
 from hpt_torch.space import Choice, freeze
 from hpt_torch.task import Task
+from hpt_torch.trainers import base
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.tuner import Tuner
@@ -164,7 +165,7 @@ def run(
         directory.write_json(directory.environment, where)
         write_atomic(directory.recipe, checked.recipe.to_toml().encode())
         trainers = _trainers(checked, data, device)
-        with contextlib.closing(data), _stop_signals(observers) as received:
+        with contextlib.closing(trainers["loop"]), _stop_signals(observers) as received:
             tuner = Tuner(
                 recipe=checked.recipe,
                 hparams=checked.hparams,
@@ -190,10 +191,11 @@ def _data(checked: Checked, device: torch.device) -> Data:
 
 
 def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, LoopTrainer]:
-    """The engines, by name."""
+    """The engines, by name. They share their data, so that closing one of them closes it for all."""
     settings = checked.recipe.trainer
     dtype = getattr(torch, settings.dtype)
     keeps_best = settings.keep == "best" or settings.patience is not None
+    probe = base.probe(data.train, data.valid, checked.recipe.seed)
     engines: dict[str, type[LoopTrainer]] = {"loop": LoopTrainer, "fused": FusedTrainer}
     return {
         name: engine(
@@ -205,6 +207,7 @@ def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, L
             epochs=settings.epochs,
             keep=checked.objective if keeps_best else None,
             autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
+            probe=probe,
         )
         for name, engine in engines.items()
     }

@@ -55,16 +55,23 @@ class PowerSwitch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+@pytest.mark.parametrize(
+    ("sampler", "engine"), [("tpe", "loop"), ("random", "loop"), ("random", "fused"), ("gp", "loop")]
+)
 def test_power_cut_at_every_durable_step(
-    tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch, sampler: str
+    tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch, sampler: str, engine: str
 ) -> None:
     """Before and after each commit and each file: cut, continue, compare. State is saved at every step."""
-    settings = (f"search.sampler={sampler}", "run.checkpoint_every_seconds=0", "batch_size=512")
+    settings = [f"search.sampler={sampler}", "run.checkpoint_every_seconds=0", "batch_size=512"]
+    settings += [f"trainer.engine={engine}", "activation=relu"]  # then all trials have one signature
     switch = PowerSwitch(monkeypatch)
     expected = run_quick(tmp_path / "whole", *settings)
     steps = switch.count
-    assert steps > 20
+    assert steps > (20 if engine == "loop" else 12)
+    if engine == "fused":
+        with Record(tmp_path / "whole" / "run.db", readonly=True) as record:
+            plan = record.of_kind("plan")[0].body["chunks"]
+        assert [(chunk["trials"], chunk["engine"]) for chunk in plan] == [([0, 1], "fused")]
     stride = 1 if sampler == "random" else 5
     for step in range(1, steps + 1, stride):
         for after in (False, True):

@@ -105,7 +105,8 @@ def test_the_hparams_plugin_lists_every_trial(tmp_path: Path, run_quick: RunQuic
 def test_a_failed_trial_ends_as_a_failure(tmp_path: Path, run_quick: RunQuick) -> None:
     from conftest import QUICK
 
-    raw = {**QUICK, "space": {"lr": {"float": [1e30, 1e31]}}, "search": {"sampler": "random", "trials": 1}}
+    raw = {**QUICK, "space": {"lr": {"float": [9e5, 1e6]}}, "search": {"sampler": "random", "trials": 1}}
+    raw["hparams"] = {**QUICK["hparams"], "optimizer": "sgd", "batch_norm": False}
     run_quick(tmp_path / "run", raw=raw, observers=[TensorBoardObserver()])
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "trial-00000"))
     reader.Reload()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hpt_torch import optim
-from hpt_torch.data import Data
+from hpt_torch.data import Data, Part
 from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
@@ -41,14 +41,20 @@ class LoopTrainer:
         epochs: int,
         keep: Objective | None = None,
         autocast: torch.dtype | None = None,
+        probe: Part | None = None,
     ) -> None:
         self.task, self.data, self.device, self.dtype, self.seed = task, data, device, dtype, seed
         self.epochs, self.keep, self.autocast = epochs, keep, autocast
         self.dynamic = task.dynamic_hparams
         self.order = base.DataOrder(len(data.train), seed, device)
-        self.probe = base.probe(data.train, data.valid, seed)
+        self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
         self._channels_last = any(t.dim() == 4 for t in data.train.first().values())
         self._module: tuple[int, HParams, nn.Module] | None = None
+
+    def close(self) -> None:
+        """Ends the processes that read the data, if there are any."""
+        self.data.close()
+        self.probe.close()
 
     # -- members ---------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ def _train(
         result = trainer.train(population, epochs, should_pause=stop)
         assert not result.failed, result.failed
         reports += [(r.trial, r.epoch, r.metrics) for r in result.reports]
-        moved.close()
+        trainer.close()
         if not result.paused:
             break
         tensors, meta = population.state()

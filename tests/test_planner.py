@@ -1,0 +1,143 @@
+"""The planner: which engine, and how trials are grouped; and the way back from a fused failure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUICK
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hpt_torch.models import MLP
+from hpt_torch.record import Record
+from hpt_torch.tasks import Classification
+from hpt_torch.trainers.planner import LARGEST, SMALLEST, Chunk, plan
+from hpt_torch.types import TrialState
+
+
+def _plan(
+    signatures: Sequence[str],
+    engine: str = "auto",
+    device: str = "cpu",
+    traits: Sequence[str] = (),
+    why: str | None = None,
+) -> list[Chunk]:  # fmt: skip
+    return plan(
+        list(enumerate(signatures)), engine=engine, device=device,
+        traits=lambda trial: frozenset(traits), why_not=lambda trials: why,
+    )  # fmt: skip
+
+
+@given(
+    signatures=st.lists(st.sampled_from("abc"), min_size=1, max_size=300),
+    engine=st.sampled_from(["auto", "loop", "fused"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_every_trial_is_in_one_chunk_of_its_own_signature(
+    signatures: list[str], engine: str, device: str
+) -> None:
+    chunks = _plan(signatures, engine, device)
+    assert sorted(trial for chunk in chunks for trial in chunk.trials) == list(range(len(signatures)))
+    assert len({chunk.key for chunk in chunks}) == len(chunks)
+    for chunk in chunks:
+        assert len({signatures[trial] for trial in chunk.trials}) == 1
+        assert len(chunk.trials) <= LARGEST
+        assert chunk.engine == "fused" or len(chunk.trials) == 1
+        assert chunk.engine == "loop" or len(chunk.trials) >= 2
+    assert chunks == _plan(signatures, engine, device)
+
+
+def test_what_decides() -> None:
+    few, many = "a" * (SMALLEST["cpu"] - 1), "a" * SMALLEST["cpu"]
+    assert {c.engine for c in _plan(few)} == {"loop"}
+    assert [c.engine for c in _plan(many)] == ["fused"]
+    assert [c.engine for c in _plan("aa", device="cuda")] == ["fused"]
+    assert {c.engine for c in _plan(many, traits=["convolution"])} == {"loop"}
+    assert [c.engine for c in _plan(many, traits=["convolution"], device="cuda")] == ["fused"]
+    assert [c.engine for c in _plan("aa", engine="fused", traits=["lstm"])] == ["fused"]
+    alone = _plan("ab", engine="fused")
+    assert [(c.engine, c.why) for c in alone] == [("loop", "the only trial of its signature")] * 2
+    (first, *_) = _plan(many, why="RuntimeError: no batching rule")
+    assert (first.engine, first.why) == (
+        "loop",
+        "cannot be mapped over members: RuntimeError: no batching rule",
+    )
+    assert [len(c.trials) for c in _plan("a" * 130)] == [43, 43, 44]
+
+
+class _FailsLate(Classification):
+    """A task whose loss raises at the fifth call: in the fused engine for all members at once."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], hparams: Mapping[str, Any]) -> torch.Tensor:
+        type(self).calls += 1
+        if type(self).calls == 5:
+            raise RuntimeError("late")
+        return super().loss(model, batch, hparams)
+
+
+def test_members_that_fail_together_are_trained_one_by_one(
+    tmp_path: Path, run_quick: Callable[..., str], digits_task: Classification
+) -> None:
+    _FailsLate.calls = 0
+    task = _FailsLate(MLP, digits_task.data())
+    settings = ("activation=relu", "search.round_size=4", "trainer.engine=fused")
+    got = json.loads(run_quick(tmp_path / "run", *settings, task=task))
+    assert [trial["state"] for trial in got["trials"]] == ["COMPLETE"] * 4
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        (fallback,) = record.of_kind("fallback")
+    assert "RuntimeError: late" in fallback.body["reason"]
+    loop = json.loads(
+        run_quick(tmp_path / "loop", "activation=relu", "search.round_size=4", "trainer.engine=loop")
+    )
+    assert [t["weights_sha256"] for t in got["trials"]] == [t["weights_sha256"] for t in loop["trials"]]
+
+
+class _Branches(nn.Module):
+    def __init__(self, input_shape: tuple[int, ...], out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_shape[0], out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y if float(y.sum()) > 0 else 2 * y
+
+
+def test_a_module_that_cannot_be_mapped_trains_in_the_loop_and_the_log_says_why(
+    tmp_path: Path, run_quick: Callable[..., str], digits_task: Classification
+) -> None:
+    said: list[str] = []
+
+    class Ear:
+        def started(self, tuner: object) -> None: ...
+        def recorded(self, tuner: object, events: object) -> None: ...
+        def ended(self, tuner: object) -> None: ...
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    raw = {**QUICK, "hparams": {}, "space": {"lr": {"float": [0.01, 0.1]}}}
+    task = Classification(_Branches, digits_task.data())
+    run_quick(tmp_path / "run", "trainer.engine=fused", raw=raw, task=task, observers=[Ear()])
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        assert {trial.state for trial in record.trials.values()} == {TrialState.COMPLETE}
+        assert {c["engine"] for plan in record.of_kind("plan") for c in plan.body["chunks"]} == {"loop"}
+    assert len(said) == 1
+    assert "engine loop: one by one (cannot be mapped over members: " in said[0]
+
+
+def test_fused_and_loop_find_the_same(tmp_path: Path, run_quick: Callable[..., str]) -> None:
+    settings = ("activation=relu", "search.trials=8", "search.round_size=8", "trainer.dtype=float64")
+    fused = json.loads(run_quick(tmp_path / "fused", *settings, "trainer.engine=auto"))
+    loop = json.loads(run_quick(tmp_path / "loop", *settings, "trainer.engine=loop"))
+    assert fused["best"]["number"] == loop["best"]["number"]
+    for a, b in zip(fused["trials"], loop["trials"], strict=True):
+        assert a["hparams"] == b["hparams"]
+        for name, value in a["metrics"].items():
+            assert float.fromhex(value) == pytest.approx(float.fromhex(b["metrics"][name]), rel=1e-6)

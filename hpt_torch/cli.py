@@ -76,6 +76,8 @@ def run(
     console.print(f"All trials   {path / 'trials.csv'}", highlight=False)
     if checked.recipe.run.tensorboard:
         console.print(f"Curves       tensorboard --logdir {path / 'tensorboard'}", highlight=False)
+    if (path / "report.html").is_file():
+        console.print(f"With plots   {path / 'report.html'}", highlight=False)
     console.print(f"This report  hpt report {path}", highlight=False)
 
 
@@ -116,25 +118,42 @@ def report(
     canonical: Annotated[
         bool, typer.Option("--canonical", help="sorted JSON that equal runs have in common")
     ] = False,
+    form: Annotated[str, typer.Option("--format", help="text, or md for a pull request")] = "text",
+    open_page: Annotated[bool, typer.Option("--open", help="show report.html in a browser")] = False,
 ) -> None:
-    """Shows what a run has found, also while it goes on; writes trials.csv and best/."""
+    """Shows what a run has found, also while it goes on; writes report.html, trials.csv and best/."""
     from hpt_torch.record import Record
     from hpt_torch.report import canonical as canonical_text
     from hpt_torch.report import summarise
-    from hpt_torch.report.export import write_exports
+    from hpt_torch.report.export import write_exports, write_page
+    from hpt_torch.report.markdown import markdown
     from hpt_torch.report.summary import as_dict
     from hpt_torch.report.terminal import print_report
 
+    if form not in ("text", "md"):
+        raise typer.BadParameter(f"--format must be text or md, got {form!r}")
+    if (as_json or canonical) and (form != "text" or open_page):
+        raise typer.BadParameter("--json and --canonical go with neither --format nor --open")
     with Record(run_dir / "run.db", readonly=True) as record:
         summary = summarise(record)
         if canonical:
             sys.stdout.write(canonical_text(summary))
             return
         write_exports(record, summary, run_dir)
+        page = None if as_json else write_page(record, summary, run_dir)
     if as_json:
         typer.echo(json.dumps(as_dict(summary), indent=1))
+        return
+    if form == "md":
+        typer.echo(markdown(summary), nl=False)
     else:
         print_report(summary)
+    if page is not None:
+        _error_line(f"With plots: {page}")  # on stderr: what is piped stays as it was
+        if open_page:
+            import webbrowser
+
+            webbrowser.open_new_tab(page.resolve().as_uri())
 
 
 @app.command("list")

@@ -24,6 +24,9 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "rmsprop": ("square_avg",),
 }
+READ = frozenset(  # the dynamic hyperparameters that an optimizer's step reads
+    {"lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "alpha", "head_lr_factor"}
+)
 
 
 def update(

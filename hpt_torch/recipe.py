@@ -146,7 +146,7 @@ class SearchSection(Section):
         ge=1,
         le=10_000,
         strict=True,
-        description="trials proposed together; unless given: tpe 10, gp 5, random and grid 64",
+        description="trials proposed together; unless given: tpe 10, gp 5, random 128, grid 256",
     )
     start_with_defaults: Flag = Field(
         default=True, description="trial 0 is the declared defaults (not for grid)"
@@ -195,6 +195,13 @@ class RunSection(Section):
         default=30.0, ge=0, le=1e6, strict=True, description="at most so much training is repeated"
     )
     tensorboard: Flag = True
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        strict=True,
+        description="worker processes, where the executor has them; unless given: one a CPU core",
+    )
 
 
 class Recipe(Section):
@@ -209,7 +216,10 @@ class Recipe(Section):
     search: SearchSection = SearchSection()
     trainer: TrainerSection = TrainerSection()
     run: RunSection = RunSection()
-    executor: Literal["inline"] = "inline"
+    executor: Literal["auto", "inline", "processes"] = Field(
+        default="auto",
+        description="processes (Linux, CPU): worker processes of one thread each; inline: none",
+    )
 
     def to_toml(self) -> str:
         raw = self.model_dump(exclude_none=True)
@@ -220,7 +230,7 @@ class Recipe(Section):
 
 
 # What may differ when a run is continued: budgets and logging. Everything else changes results.
-EXTENDABLE = ("name", "search.trials", "search.timeout", "run")
+EXTENDABLE = ("name", "search.trials", "search.timeout", "run", "executor")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

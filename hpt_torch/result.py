@@ -12,7 +12,7 @@ from torch import nn
 from hpt_torch import checkpoint
 from hpt_torch.record import Record
 from hpt_torch.report import Summary, summarise
-from hpt_torch.report.export import trials_csv, write_exports
+from hpt_torch.report.export import trials_csv, write_exports, write_page
 from hpt_torch.report.terminal import show_value
 from hpt_torch.samplers import make_study
 from hpt_torch.task import Task
@@ -29,6 +29,7 @@ class Result:
         with Record(self.path / "run.db", readonly=True) as record:
             self.summary: Summary = summarise(record)
             write_exports(record, self.summary, self.path)
+            write_page(record, self.summary, self.path)
             self._seed = int(record.of_kind("run")[0].body["recipe"]["seed"])
 
     @property

@@ -25,6 +25,7 @@ from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
 from hpt_torch.data import Data, Rows
 from hpt_torch.data.stream import fitted
+from hpt_torch.executors import InlineExecutor, ProcessExecutor, Training, processes
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
 from hpt_torch.observers import Observer
@@ -82,6 +83,10 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     elif device == "mps" and not torch.backends.mps.is_available():
         problems.append(
             Problem("trainer.device", "is mps, but this machine has no Apple GPU; use auto or cpu")
+        )
+    if recipe.executor == "processes" and not (processes.supported() and _device(device).type == "cpu"):
+        problems.append(
+            Problem("executor", "processes are forked, which needs Linux and device cpu; use auto or inline")
         )
     if device == "mps" and recipe.trainer.dtype == "float64":
         problems.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
@@ -143,7 +148,8 @@ def run(
     with directory, Record(directory.record) as record:
         if record.last("run") is None:
             device, threads = _device(checked.recipe.trainer.device), checked.recipe.trainer.threads
-            started = {"device": device.type, "threads": threads or torch.get_num_threads()}
+            forks = _forks(checked.recipe, device)
+            started = {"device": device.type, "threads": threads or (1 if forks else torch.get_num_threads())}
             record.append(Event(kind="run", body={**wanted, **started}))
         begun = record.of_kind("run")[0].body
         torch.set_num_threads(begun["threads"])
@@ -165,7 +171,12 @@ def run(
         directory.write_json(directory.environment, where)
         write_atomic(directory.recipe, checked.recipe.to_toml().encode())
         trainers = _trainers(checked, data, device)
-        with contextlib.closing(trainers["loop"]), _stop_signals(observers) as received:
+        executor = _executor(checked, data, device, trainers)
+        with (
+            contextlib.closing(executor),
+            contextlib.closing(trainers["loop"]),
+            _stop_signals(observers) as received,
+        ):
             tuner = Tuner(
                 recipe=checked.recipe,
                 hparams=checked.hparams,
@@ -174,6 +185,7 @@ def run(
                 directory=directory,
                 record=record,
                 trainers=trainers,
+                executor=executor,
                 observers=observers,
                 should_stop=lambda: bool(received),
             )
@@ -211,6 +223,34 @@ def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, L
         )
         for name, engine in engines.items()
     }
+
+
+def _forks(recipe: Recipe, device: torch.device) -> bool:
+    """Whether trials train in worker processes of one thread each: two of those beat one of two threads."""
+    if recipe.executor != "auto":
+        return recipe.executor == "processes"
+    alone = recipes.planned_trials(recipe) == 1  # nobody else would use the other cores
+    return device.type == "cpu" and processes.supported() and not alone
+
+
+def _executor(
+    checked: Checked, data: Data, device: torch.device, trainers: Mapping[str, LoopTrainer]
+) -> InlineExecutor | ProcessExecutor:
+    settings = checked.recipe.trainer
+    training = Training(
+        trainers=trainers,
+        objective=checked.objective,
+        epochs=settings.epochs,
+        patience=settings.patience,
+        save_every_seconds=checked.recipe.run.checkpoint_every_seconds,
+    )
+    workers = checked.recipe.run.workers or processes.cores()
+    whole = isinstance(data.train, Rows) and isinstance(data.valid, Rows)  # a stream has processes of its own
+    if not _forks(checked.recipe, device) or not whole or device.type != "cpu":
+        return InlineExecutor(training)
+    executor = ProcessExecutor(training, workers)
+    executor.start()  # before observers start threads
+    return executor
 
 
 # -- continuing ----------------------------------------------------------------------------------------

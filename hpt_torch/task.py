@@ -44,8 +44,8 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any]) -> Tensor:
         """What is minimised, shape (): a mean over the batch. Dynamic hparams are tensors of shape ().
 
-        ``hparams["noise_key"]``, an int32 tensor of shape (), is another one for every trial and step: for
-        noise that is to be the same when the step is repeated.
+        ``hparams["noise_key"]``, an int32 tensor of shape (), is another one for every batch of every epoch:
+        for noise that is to be the same when the step is repeated.
         """
         raise TypeError(f"{type(self).__name__} must define loss(model, batch, hparams)")
 

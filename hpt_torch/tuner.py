@@ -8,8 +8,6 @@ running is resuming.
 from __future__ import annotations
 
 import dataclasses
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint, samplers
+from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
-from hpt_torch.population import Population
 from hpt_torch.recipe import Recipe, planned_trials
 from hpt_torch.record import (
     Event,
@@ -41,7 +39,6 @@ from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import (
     DamageError,
     HParams,
-    InfeasibleError,
     Objective,
     Report,
     RunError,
@@ -65,6 +62,7 @@ class Tuner:
         directory: RunDir,
         record: Record,
         trainers: Mapping[str, LoopTrainer],
+        executor: Executor,
         observers: Sequence[Observer] = (),
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -72,9 +70,9 @@ class Tuner:
         self.fixed = hparams  # the fixed hyperparameters, defaults included
         self.dir, self.record = directory, record
         self.trainers, self.trainer = trainers, trainers["loop"]
+        self.executor = executor
         self.observers, self._should_stop = observers, should_stop
         self._used_before = record.seconds_used()
-        self._saved_at = time.monotonic()
         self._told: set[str] = set()
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
@@ -92,11 +90,10 @@ class Tuner:
             self.dir.remove_strays(self._needed_files())
             while not self.stopped and not self.timed_out:
                 chunks = self._open_chunks()
-                if not chunks and not self._plan_round():
+                if chunks:
+                    self._train(chunks)
+                elif not self._plan_round():
                     break
-                for chunk in chunks:
-                    if not self._train_chunk(chunk):
-                        break
             if self.timed_out and not self.stopped:
                 self._pause()
             if not self.stopped:
@@ -183,83 +180,90 @@ class Tuner:
         plan = self.record.last("plan")
         if plan is None:
             return []
-        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
-        chunks = [
-            Chunk(c["key"], tuple(c["trials"]), "loop" if c["key"] in fallen else c["engine"], c["why"])
-            for c in plan.body["chunks"]
-        ]
+        fallen, chunks = self._fallen(), []
+        for c in plan.body["chunks"]:
+            if fallen.issuperset(c["trials"]):
+                chunks += [Chunk(f"chunk-{n}-alone", (n,), "loop", "fell back") for n in c["trials"]]
+            else:
+                chunks.append(Chunk(c["key"], tuple(c["trials"]), c["engine"], c["why"]))
         return [c for c in chunks if any(not self.record.trials[n].state.is_finished for n in c.trials)]
+
+    def _fallen(self) -> set[int]:
+        """The trials of chunks that could not go on together."""
+        plans = [chunk for plan in self.record.of_kind("plan") for chunk in plan.body["chunks"]]
+        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
+        return {trial for chunk in plans if chunk["key"] in fallen for trial in chunk["trials"]}
 
     # -- training --------------------------------------------------------------------------------------
 
-    def _train_chunk(self, chunk: Chunk) -> bool:
-        """Trains the chunk to its end; False if it was left half-way, its state saved."""
-        population = self._population(chunk)
-        if population is None:
-            return True
-        self._saved_at = time.monotonic()
-        while any(population.active):
-            boundary = (
-                min(epoch for epoch, on in zip(population.epoch, population.active, strict=True) if on) + 1
-            )
-            try:
-                trainer = self.trainers[chunk.engine]
-                result = trainer.train(population, boundary, should_pause=self._should_pause)
-            except Exception:  # user code, in a step of all members: one by one the culprit will show
-                if chunk.engine == "loop":
-                    raise
-                body = {"key": chunk.key, "reason": traceback.format_exc(limit=-8)}
-                self._commit(Event(kind="fallback", body=body))
-                self._say(f"trials {chunk.trials} failed together and are trained one by one")
-                return True
-            events = [report_event(report) for report in result.reports if self._is_new(report)]
-            for trial, reason in result.failed.items():
-                events.append(finish_event(trial, TrialState.FAILED, reason))
-            done = self._finished(population)
-            events += self._finish(population, done, result.reports)
-            for i in done:
-                population.active[i] = False
-            leaving = self.stopped or self.timed_out
-            if any(population.active) and (leaving or self._save_due()):
-                events.append(self._save_state(chunk, population))
-            self._commit(*events)
-            self._drop_old_files(chunk, ended=not any(population.active))
-            if leaving and any(population.active):
-                return False
-        return not (self.stopped or self.timed_out)
+    def _train(self, chunks: Sequence[Chunk]) -> None:
+        """Trains the chunks to their ends, or until a stop is asked for; then their states are saved."""
+        by_key = {chunk.key: chunk for chunk in chunks}
+        segments = (self._segment(chunk) for chunk in chunks)
+        for boundary in self.executor.run(segments, lambda: self.stopped or self.timed_out):
+            chunk = by_key[boundary.key]
+            if boundary.broken:
+                self._commit(Event(kind="fallback", body={"key": chunk.key, "reason": boundary.broken}))
+                self._say(f"trials {list(chunk.trials)} failed together and are trained one by one")
+                continue
+            self._commit(*self._events(chunk, boundary))
+            self._drop_old_files(chunk, ended=boundary.over and boundary.state is None)
 
-    def _should_pause(self) -> bool:
-        return self.stopped or self.timed_out or self._save_due()
-
-    def _save_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.recipe.run.checkpoint_every_seconds
-
-    def _population(self, chunk: Chunk) -> Population | None:
-        """The chunk's members from their newest good state, or new; None where no model can be built."""
-        values = [self.hparams_of(self.record.trials[n]) for n in chunk.trials]
-        try:
-            population = self.trainer.init(chunk.trials, values)
-        except InfeasibleError as error:
-            self._commit(*(finish_event(n, TrialState.INFEASIBLE, str(error)) for n in chunk.trials))
-            return None
-        except Exception:  # user code; its traceback is the reason
-            reason = traceback.format_exc(limit=-8)
-            self._commit(*(finish_event(n, TrialState.FAILED, reason) for n in chunk.trials))
-            return None
+    def _segment(self, chunk: Chunk) -> Segment:
+        """The chunk to its end, from its newest good state."""
+        state = None
         for file in reversed(self.record.state_files.get(chunk.key, [])[-_KEEP_STATES:]):
             try:
-                population.restore(*checkpoint.load(self.dir.checkpoints / file.name, file.sha256))
+                state = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
                 break
             except DamageError as error:
                 self._say(f"{error}; going back to the state before it")
-        return population
+        return Segment(
+            key=chunk.key,
+            trials=chunk.trials,
+            hparams=[self.hparams_of(self.record.trials[n]) for n in chunk.trials],
+            engine=chunk.engine,
+            until_epoch=self.recipe.trainer.epochs,
+            state=state,
+            bar=self.objective.score(self.best) if self.best is not None else None,
+        )
+
+    def _events(self, chunk: Chunk, boundary: Boundary) -> list[Event]:
+        """What the boundary brought that is not recorded yet; files that it needs are written first."""
+        events = [report_event(report) for report in boundary.reports if self._is_new(report)]
+        for trial, (state, reason) in boundary.ended_badly.items():
+            if not self.record.trials[trial].state.is_finished:  # it may be a replay
+                events.append(finish_event(trial, state, reason))
+        best = self.best
+        for done in boundary.finished:
+            if self.record.trials[done.trial].state.is_finished:
+                continue
+            events.append(
+                finish_event(done.trial, TrialState.COMPLETE, "", done.weights_sha256, done.kept_epoch)
+            )
+            if boundary.best is not None and boundary.best[0] == done.trial and self._beats(done, best):
+                name, weights = f"best-{done.trial}.safetensors", boundary.best[1]
+                events.append(self._write("best", name, weights, {"trial": done.trial}))
+        if boundary.state is not None:
+            count = len(self.record.state_files.get(chunk.key, []))
+            events.append(self._write(chunk.key, f"{chunk.key}-{count}.safetensors", *boundary.state))
+        return events
+
+    def _beats(self, done: Finished, best: Trial | None) -> bool:
+        """Whether it is the new best trial; where scores are equal the lower number is."""
+        score = self.objective.score(best) if best is not None else None
+        if best is None or score is None or done.score is None:
+            return done.score is not None
+        if done.score == score:
+            return done.trial < best.number
+        return self.objective.better(done.score, score)
 
     def _is_new(self, report: Report) -> bool:
         """False for a report that is already recorded; a replay that differs from it is an error."""
         recorded = self.record.report_at(report.trial, report.epoch)
         if recorded is None:
             return True
-        if self._fell_back(report.trial):
+        if report.trial in self._fallen():
             return False  # trained by another engine since, which rounds differently
         if dict(recorded.metrics) != dict(report.metrics):
             name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
@@ -271,54 +275,7 @@ class Tuner:
             )
         return False
 
-    def _fell_back(self, trial: int) -> bool:
-        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
-        return bool(fallen) and any(c.key in fallen and trial in c.trials for c in self._open_chunks())
-
-    def _finished(self, population: Population) -> list[int]:
-        """The members that have all their epochs, or no better score for `patience` of them."""
-        epochs, patience = self.recipe.trainer.epochs, self.recipe.trainer.patience
-        return [
-            i
-            for i in range(len(population))
-            if population.active[i]
-            and population.batch[i] == 0
-            and (
-                population.epoch[i] >= epochs
-                or (patience is not None and population.epoch[i] - population.best_epoch[i] >= patience)
-            )
-        ]
-
-    def _finish(
-        self, population: Population, members: Sequence[int], reports: Sequence[Report]
-    ) -> list[Event]:
-        """The events that complete these members; the best one's weights are written before that."""
-        events, best, best_weights = [], self.best, None
-        best_score = self.objective.score(best) if best is not None else None
-        best_trial = -1
-        for i in members:
-            number = population.trials[i]
-            weights = self.trainer.weights(population, i)
-            kept = population.best_epoch[i] if self.trainer.keep is not None else population.epoch[i]
-            sha256 = checkpoint.weights_sha256(weights)
-            events.append(finish_event(number, TrialState.COMPLETE, "", sha256, kept))
-            known = (*self.record.trials[number].reports, *(r for r in reports if r.trial == number))
-            score = next((r.metrics.get(self.objective.metric) for r in known if r.epoch == kept), None)
-            if score is not None and (best_score is None or self.objective.better(score, best_score)):
-                best_score, best_weights, best_trial = score, weights, number
-        if best_weights is not None:
-            events.append(
-                self._write("best", f"best-{best_trial}.safetensors", best_weights, {"trial": best_trial})
-            )
-        return events
-
     # -- state files -----------------------------------------------------------------------------------
-
-    def _save_state(self, chunk: Chunk, population: Population) -> Event:
-        self._saved_at = time.monotonic()
-        count = len(self.record.state_files.get(chunk.key, []))
-        tensors, meta = population.state()
-        return self._write(chunk.key, f"{chunk.key}-{count}.safetensors", tensors, meta)
 
     def _write(self, key: str, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Event:
         """Writes a state file; it counts once the event that names it is committed."""

@@ -175,8 +175,8 @@ def throughput(
         def ours(member: Any = member, trainer: Any = trainer, epoch: int = 0) -> None:
             order = trainer.order.epoch(epoch)
             whole = rows // batch_size * batch_size
-            for _, batch in trainer.data.train.batches(order[:whole], batch_size):
-                member.step(batch, 1.0)
+            for index, batch in trainer.data.train.batches(order[:whole], batch_size):
+                member.step(batch, 1.0, index)
 
         times: dict[str, list[float]] = {"ordinary": [], "ours": []}
         for repeat in range(repeats + 1):

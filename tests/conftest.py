@@ -43,6 +43,7 @@ QUICK: dict[str, Any] = {
     "search": {"sampler": "random", "trials": 4, "round_size": 2},
     "trainer": {"epochs": 2, "device": "cpu", "threads": 1},
     "run": {"tensorboard": False},
+    "executor": "inline",
 }
 
 

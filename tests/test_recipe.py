@@ -74,6 +74,7 @@ tf32 = true
 
 [run]
 checkpoint_every_seconds = 1.5
+workers = 3
 tensorboard = false
 """
 

@@ -117,8 +117,8 @@ class _stop_after:
 
         self.original = original = Member.step
 
-        def step(member: Any, batch: Any, lr_factor: float) -> None:
-            original(member, batch, lr_factor)
+        def step(member: Any, *arguments: Any) -> None:
+            original(member, *arguments)
             self.steps -= 1
             if self.steps == 0:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -244,7 +244,7 @@ def test_training_that_does_not_repeat_is_an_error_not_a_silent_mix(
     monkeypatch.undo()
     from hpt_torch.trainers import base
 
-    monkeypatch.setattr(base, "step_key", lambda noise, step: 12345)
+    monkeypatch.setattr(base, "batch_key", lambda noise, batch: 12345)
     monkeypatch.setattr(base.DataOrder, "epoch", lambda order, epoch: __import__("torch").arange(order.rows))
     with pytest.raises(RunError, match="trial 0 did not repeat: .* after epoch 1 was recorded as"):
         run_quick(tmp_path / "run", "trainer.epochs=9", "run.checkpoint_every_seconds=1e6")

@@ -575,6 +575,7 @@ PATIENT: dict[str, Any] = {
     "objective": {"metric": "valid/loss", "direction": "minimize"},
     "trainer": {"epochs": 8, "patience": 2, "device": "cpu", "threads": 1},
     "run": {"tensorboard": False, "checkpoint_every_seconds": 0},
+    "executor": "inline",
 }
 
 

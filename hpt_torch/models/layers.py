@@ -32,8 +32,10 @@ class Dropout(nn.Module):
     """Dropout with probability `dropout`, kept units scaled by 1 / (1 - dropout), as ``nn.Dropout``.
 
     Used on its own it draws from torch's generator. A trainer makes it *stateless* (`make_stateless`): the
-    mask is then a hash of (noise_key, element index), so that it is the same for a member trained alone, in a
-    group, or resumed, and no generator state has to be kept. `set_noise` gives each layer its key.
+    mask is then a hash of (noise_key, element index) and the member's own rate, so that it is the same for a
+    member trained alone, in a group, or resumed, and no generator state has to be kept. `set_noise` gives
+    each layer its key. Members share the key, as they share the order of the data: the hash is computed once
+    for all of them, and trials are compared under the same noise.
     """
 
     dropout: Tensor
@@ -54,13 +56,16 @@ class Dropout(nn.Module):
         if self.layer is None:
             keep = torch.rand_like(x) >= self.dropout
             return x * (keep * (1.0 / (1.0 - self.dropout)))
-        bits = hash_bits(self.noise_key, x.numel(), x.device).view(x.shape)
+        # Compared as floats, which hold 16 bits exactly, by clamping the difference of two whole numbers: on
+        # the CPU a detour through bools costs more than all the rest.
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        bits = hash_bits(self.noise_key, x.numel(), x.device).view(x.shape).to(dtype)
         if self.rate is not None:
-            mask = (bits >= int(self.rate * 2**16)).to(x.dtype).mul_(1.0 / (1.0 - self.rate))
+            mask = bits.ge_(int(self.rate * 2**16)).mul_(1.0 / (1.0 - self.rate))
         else:
-            keep = bits >= (self.dropout * 2**16).to(torch.int32)
-            mask = keep * (1.0 / (1.0 - self.dropout)).to(x.dtype)
-        return x * mask
+            below = (self.dropout * 2**16).floor().to(dtype) - 1
+            mask = (bits - below).clamp(0.0, 1.0) * (1.0 / (1.0 - self.dropout)).to(dtype)
+        return x * mask.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"dropout={float(self.dropout):g}"
@@ -162,6 +167,84 @@ def make_stateless(model: nn.Module) -> nn.Module:
     return model
 
 
+class _BatchNorm(torch.autograd.Function):
+    """(y, batch mean, unbiased batch variance, mean, 1 / std) of x (B, C, ...), weight and bias (C,).
+
+    Members of a vmap become further channels of one call of the kernel. (torch's own batching rule applies
+    weight and bias outside of the kernel, member by member, forward and backward.)
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
+        y, center, scale = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
+        return y, mean, var, center, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, *output[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_BatchNormBackward.apply(grads[0], *ctx.saved_tensors, ctx.eps), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        members = info.batch_size
+        stacked = [_members_first(t, d, members) for t, d in zip((x, weight, bias), in_dims[:3], strict=True)]
+        y, *rest = _BatchNorm.apply(_to_channels(stacked[0]), *(t.flatten() for t in stacked[1:]), eps)
+        return (_from_channels(y, members), *(t.view(members, -1) for t in rest)), (0,) * 5
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """The gradients of `_BatchNorm` by x, weight and bias."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, weight: Tensor, center: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
+            grad, x, weight, None, None, center, scale, True, eps, [True, True, True]
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("batch norm has no second derivative here")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        *tensors, eps = inputs
+        members = info.batch_size
+        stacked = [_members_first(t, d, members) for t, d in zip(tensors, in_dims[:-1], strict=True)]
+        wide = [_to_channels(t) for t in stacked[:2]] + [t.flatten() for t in stacked[2:]]
+        grad, *rest = _BatchNormBackward.apply(*wide, eps)
+        return (_from_channels(grad, members), *(t.view(members, -1) for t in rest)), (0, 0, 0)
+
+
+def _members_first(tensor: Tensor, dim: int | None, members: int) -> Tensor:
+    return tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _to_channels(x_PBC: Tensor) -> Tensor:
+    """(P, B, C, ...) -> (B, P * C, ...)"""
+    return x_PBC.movedim(0, 1).flatten(1, 2)
+
+
+def _from_channels(x: Tensor, members: int) -> Tensor:
+    """(B, P * C, ...) -> (P, B, C, ...)"""
+    return x.reshape(len(x), members, -1, *x.shape[2:]).movedim(1, 0)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over dimension 1, with `batch_norm_momentum` as a buffer.
 
@@ -186,8 +269,10 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            shape = (-1, *[1] * (x.dim() - 2))
+            return torch.addcmul(
+                (self.bias - self.running_mean * scale).view(shape), x, scale.view(shape)
             )
         known = constant(self.batch_norm_momentum)
         if known is not None:
@@ -195,9 +280,9 @@ class BatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, True, known, self.eps
             )
         # F.batch_norm takes no tensor as momentum. With momentum 1 it leaves the batch's own statistics in
-        # the two scratch tensors. (lerp_ has no batching rule: vmap would loop over the members.)
-        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        # two scratch tensors. (lerp_ has no batching rule: vmap would loop over the members.)
+        y: Tensor
+        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)[:3]
         with torch.no_grad():
             momentum = self.batch_norm_momentum.to(mean.dtype)
             self.running_mean.mul_(1 - momentum).add_(momentum * mean)

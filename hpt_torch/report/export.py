@@ -1,10 +1,11 @@
-"""Derived files of a run: `trials.csv` and `best/`. Made from the record, so they can be deleted."""
+"""Derived files: `trials.csv`, `best/`, `report.html`. Made from the record, so they can be deleted."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import tomli_w
 
 from hpt_torch.record import Record
+from hpt_torch.report.page import page
 from hpt_torch.report.summary import Summary
 from hpt_torch.space import thaw
 from hpt_torch.types import DamageError
+
+_log = logging.getLogger(__name__)
 
 
 def trials_csv(summary: Summary) -> str:
@@ -83,3 +87,17 @@ def hparams_toml(summary: Summary) -> str:
     }
     metrics = {name: value for name, value in sorted(best.metrics.items()) if math.isfinite(value)}
     return tomli_w.dumps({"trial": best.number, "hparams": hparams, "metrics": metrics})
+
+
+def write_page(record: Record, summary: Summary, path: Path) -> Path | None:
+    """Writes `report.html` and returns where it is; None, with a line in the log, where that fails.
+
+    A run's result is safe before its page is drawn, so nothing that goes wrong here may fail the run.
+    """
+    target = path / "report.html"
+    try:
+        target.write_bytes(page(record, summary).encode("utf-8", "replace"))  # names may hold lone surrogates
+    except Exception as error:
+        _log.warning("%s could not be written: %s: %s", target, type(error).__name__, error)
+        return None
+    return target

@@ -129,37 +129,35 @@ def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextMan
     return torch.autocast(rows.device.type, dtype=dtype)
 
 
-def noise_seed(seed: int, trial: int) -> int:
-    """The member's 32 bits from which the noise of each of its steps derives."""
-    return derive_seed(seed, "noise", trial, bits=32)
+def noise_seed(seed: int, epoch: int) -> int:
+    """The epoch's 32 bits from which the noise of each of its batches derives; shared by all members."""
+    return derive_seed(seed, "noise", epoch, bits=32)
 
 
-def step_key(noise: int, step: int, part: int = 0) -> int:
-    """The noise key of a step, or of one part of its batch, as a signed 32-bit integer."""
-    value = (noise + 0x9E3779B9 * (step + 1)) & 0xFFFFFFFF
+def batch_key(noise: int, batch: int, part: int = 0) -> int:
+    """The noise key of a batch of the epoch, or of one part of it, as a signed 32-bit integer."""
+    value = (noise + 0x9E3779B9 * (batch + 1)) & 0xFFFFFFFF
     if part:
         value = (value + 0x9E3779B9 * (part + 1)) & 0xFFFFFFFF
     return value - 2**32 if value >= 2**31 else value
 
 
-def noise_keys(noise_P: Any, steps_P: Any, batches: int, parts: int, layers: Sequence[int]) -> Any:
-    """`step_key`, and `stream_key` of each layer from it, of many steps at once.
+def noise_keys(noise: int, batches: int, parts: int, layers: Sequence[int]) -> Any:
+    """`batch_key`, and `stream_key` of each layer from it, of all batches of an epoch at once.
 
-    int32, shape (S, A, P, L + 1), for S batches of A parts; the last of the L + 1 is the step's own key.
-
-    noise_P: the members' noise seeds; steps_P: how many steps each has taken; both uint64.
+    int32, shape (S, A, L + 1), for S batches of A parts; the last of the L + 1 is the batch's own key.
     """
     low, golden = np.uint64(0xFFFFFFFF), np.uint64(0x9E3779B9)
-    steps_SP = steps_P + np.arange(batches, dtype=np.uint64)[:, None]
-    key_SP = (noise_P + golden * (steps_SP + np.uint64(1))) & low
-    offset_A = np.array([0, *range(2, parts + 1)], dtype=np.uint64)[:, None]
-    key_SAP = (key_SP[:, None] + golden * offset_A) & low
+    batch_S = np.arange(batches, dtype=np.uint64)
+    key_S = (np.uint64(noise) + golden * (batch_S + np.uint64(1))) & low
+    offset_A = np.array([0, *range(2, parts + 1)], dtype=np.uint64)
+    key_SA = (key_S[:, None] + golden * offset_A) & low
     streams_L = np.array(layers, dtype=np.uint64) + np.uint64(1)
-    x = (key_SAP[..., None] + golden * streams_L) & low
+    x = (key_SA[..., None] + golden * streams_L) & low
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & low
     x = x ^ (x >> np.uint64(16))
-    return np.concatenate((x, key_SAP[..., None]), axis=-1).astype(np.uint32).view(np.int32)
+    return np.concatenate((x, key_SA[..., None]), axis=-1).astype(np.uint32).view(np.int32)
 
 
 def diverged(metrics: Mapping[str, Any], epoch: int, train_loss: float) -> str | None:

@@ -27,7 +27,7 @@ class LoopTrainer:
 
     data: on `device`, in `dtype`. epochs: of a whole trial, which the schedules read. keep: the objective by
     which a member's best epoch is kept; None keeps the last. autocast: dtype of matrix products.
-    `seed` is the run's: every random draw derives from (seed, trial, step).
+    `seed` is the run's: initial weights derive from (seed, trial), data order and noise from (seed, epoch).
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class LoopTrainer:
             while population.active[i] and population.epoch[i] < until_epoch and not result.paused:
                 try:
                     self._train_epoch(population, i, result, should_pause)
-                except Exception:  # user code may raise anything; the traceback is the trial's reason
+                except (Exception, SystemExit):  # user code; the traceback is the trial's reason
                     self._fail(population, i, result, traceback.format_exc(limit=-8))
         return result
 
@@ -167,7 +167,7 @@ class LoopTrainer:
         factors = member.lr_factors(batches)
         rows = self.data.train.batches(order[: batches * size], size, population.batch[i])
         for index, batch in rows:
-            member.step(batch, factors[index])
+            member.step(batch, factors[index], index)
             if should_pause() and index + 1 < batches:
                 member.store(batch=index + 1)
                 result.paused = True

@@ -42,7 +42,7 @@ class Member:
         self.steps = population.step[i]
         self._read_hparams(hparams)
         self.noisy = stateless_layers(self.model)
-        self.noise = base.noise_seed(trainer.seed, trial)
+        self.noise = base.noise_seed(trainer.seed, population.epoch[i])
         self._cuda = trainer.device.type == "cuda"
 
     def _read_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -87,14 +87,15 @@ class Member:
 
     # -- one step --------------------------------------------------------------------------------------
 
-    def step(self, batch: Mapping[str, Tensor], lr_factor: float) -> None:
-        """One optimizer step. Everything random in it derives from (seed, trial, step)."""
-        key = base.step_key(self.noise, self.steps)
+    def step(self, batch: Mapping[str, Tensor], lr_factor: float, index: int) -> None:
+        """One optimizer step, on batch `index` of the epoch. Everything random in it derives from (seed,
+        epoch, index)."""
+        key = base.batch_key(self.noise, index)
         self._set_noise(key)
         torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
         if self._cuda:
             torch.cuda.manual_seed(key & 0xFFFFFFFF)
-        loss, grads = self._gradients(batch)
+        loss, grads = self._gradients(batch, index)
         self.steps += 1
         for group in self.groups:
             if group.decays and (self.h["l1"] or self.h["l2"]):
@@ -124,7 +125,7 @@ class Member:
         set_noise(self.noisy, key)
         self.tensors["noise_key"].fill_(key)
 
-    def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _gradients(self, batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of the batch, in one piece or added up over its parts."""
         task, rows = self.trainer.task, len(next(iter(batch.values())))
         parts = min(int(self.h["accumulation_steps"]), rows)
@@ -132,7 +133,7 @@ class Member:
         for part in range(parts):
             start, stop = rows * part // parts, rows * (part + 1) // parts
             if part:
-                self._set_noise(base.step_key(self.noise, self.steps, part))
+                self._set_noise(base.batch_key(self.noise, index, part))
             piece = batch if parts == 1 else {name: tensor[start:stop] for name, tensor in batch.items()}
             with base.cast(self.trainer.probe, self.trainer.autocast):
                 share = task.loss(self.model, piece, self.tensors)

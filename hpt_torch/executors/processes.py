@@ -1,0 +1,202 @@
+"""Segments in worker processes, forked once: they share the data, the task and its code with this process.
+
+Forking needs no pickling, so a task from a script's ``__main__`` or a notebook works; it needs Linux and a
+CPU, since a CUDA context does not survive a fork. Workers train on as many threads as this process. They
+hold nothing that is not in the record: one that dies is replaced, and its segment is run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from hpt_torch.executors.segment import Boundary, Segment, Training
+from hpt_torch.types import RunError, TrialState
+
+DEATHS = 3  # of workers with the same segment, before the segment counts as the cause
+_POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+
+
+def supported() -> bool:
+    """Whether workers can be forked here."""
+    return sys.platform.startswith("linux")
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if supported() else os.cpu_count() or 1
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    segment: Segment | None = None  # None: it waits
+
+
+@dataclass
+class _Restart:
+    """How to run a segment again: from the newest state that its worker had sent."""
+
+    segment: Segment
+    deaths: int = 0
+
+
+class ProcessExecutor:
+    """`workers` processes; `started` at the first run, or by `start` before other threads exist."""
+
+    def __init__(self, training: Training, workers: int) -> None:
+        self.training, self.count = training, workers
+        self._context = multiprocessing.get_context("fork")
+        self._stop = self._context.RawValue(ctypes.c_bool, False)
+        self._workers: list[_Worker] = []
+
+    def start(self) -> None:
+        while len(self._workers) < self.count:
+            self._workers.append(self._fork())
+
+    def run(self, segments: Iterable[Segment], should_stop: Callable[[], bool]) -> Iterator[Boundary]:
+        self.start()
+        self._stop.value = False
+        waiting, again = iter(segments), list[_Restart]()
+        running: dict[int, _Restart] = {}  # by the worker's position
+        exhausted = False
+        while True:
+            if not self._stop.value and should_stop():
+                self._stop.value = True
+            for position, worker in enumerate(self._workers):
+                if position in running or self._stop.value:
+                    continue
+                if again:
+                    running[position] = again.pop()
+                elif not exhausted and (segment := next(waiting, None)) is not None:
+                    running[position] = _Restart(segment)
+                else:
+                    exhausted = True
+                    break
+                with contextlib.suppress(OSError):  # it died while it waited: reading from it will tell
+                    _send(worker.connection, running[position].segment)
+            if not running:
+                if again and not self._stop.value:
+                    continue
+                return
+            by_connection = {self._workers[p].connection: p for p in running}
+            for ready in wait(list(by_connection), timeout=_POLL_SECONDS):
+                position = by_connection[ready]  # type: ignore[index]
+                restart = running[position]
+                try:
+                    message = _receive(self._workers[position].connection)
+                except (EOFError, OSError):
+                    del running[position]
+                    how = self._replace(position)
+                    restart.deaths += 1
+                    if restart.deaths < DEATHS:
+                        again.append(restart)
+                    else:
+                        yield _gave_up(restart, how)
+                    continue
+                if isinstance(message, str):
+                    raise RunError(f"a worker failed in hpt_torch itself:\n{message}")
+                self._note(restart, message)
+                if message.over:
+                    del running[position]
+                yield message
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+            worker.process.join()
+        self._workers.clear()
+
+    def _note(self, restart: _Restart, boundary: Boundary) -> None:
+        """A restart goes on from the newest state: what was reported after it is trained and told again."""
+        if boundary.state is not None:
+            restart.segment = replace(restart.segment, state=boundary.state)
+            restart.deaths = 0
+
+    def _fork(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        others = [ours, *(worker.connection for worker in self._workers)]
+        arguments = (theirs, others, self.training, self._stop, torch.get_num_threads(), os.getpid())
+        process = self._context.Process(target=_serve, args=arguments, daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads: the child touches none of what they might hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _replace(self, position: int) -> str:
+        """Puts a new worker in the place of a dead one. Returns how the old one died."""
+        old = self._workers[position]
+        old.connection.close()
+        old.process.join()
+        code = old.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        del self._workers[position]
+        self._workers.insert(position, self._fork())
+        return how
+
+
+def _send(connection: Connection, message: Segment | Boundary | str) -> None:
+    """With plain pickle: multiprocessing's own would move each tensor through a shared file."""
+    connection.send_bytes(pickle.dumps(message, protocol=5))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
+
+
+def _gave_up(restart: _Restart, how: str) -> Boundary:
+    """A segment that kills its workers: its members are to be tried alone, or the one that is alone ends."""
+    segment = restart.segment
+    reason = f"the worker process {how}, {DEATHS} times"
+    if len(segment.trials) > 1:
+        return Boundary(key=segment.key, broken=reason, over=True)
+    ended = {segment.trials[0]: (TrialState.FAILED, reason)}
+    return Boundary(key=segment.key, ended_badly=ended, over=True)
+
+
+def _serve(
+    connection: Connection,
+    others: list[Connection],
+    training: Training,
+    stop: Any,
+    threads: int,
+    parent: int,
+) -> None:
+    """A worker's life: segments in, boundaries out, until the other end closes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the coordinator's to handle; it tells us by `stop`
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we asked to be told
+    for other in others:
+        other.close()
+    torch.set_num_threads(threads)
+    try:
+        while True:
+            segment = _receive(connection)
+            for boundary in training.run(segment, lambda: bool(stop.value)):
+                _send(connection, boundary)
+    except (EOFError, OSError):
+        os._exit(0)  # the coordinator is gone
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _send(connection, traceback.format_exc())
+        os._exit(1)

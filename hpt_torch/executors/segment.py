@@ -1,0 +1,150 @@
+"""Segments: what is trained without asking back, and what comes of it, boundary by boundary.
+
+The same code runs a segment in this process and in a worker, so that its results cannot differ.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hpt_torch import checkpoint
+from hpt_torch.population import Population
+from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.types import HParams, InfeasibleError, Objective, Report, TrialState
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # what `Population.state` returns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Members of one signature, from their state, until they have `until_epoch` epochs."""
+
+    key: str  # names its state files
+    trials: Sequence[int]
+    hparams: Sequence[HParams]  # all of each trial's
+    engine: str  # loop or fused
+    until_epoch: int
+    state: State | None = None  # None: they are new
+    bar: float | None = None  # the best score so far: weights that do not beat it are not sent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A member that has all its epochs, or none left to hope for."""
+
+    trial: int
+    weights_sha256: str
+    kept_epoch: int
+    score: float | None
+
+
+@dataclass(kw_only=True)
+class Boundary:
+    """What a segment brought since the boundary before."""
+
+    key: str
+    reports: list[Report] = field(default_factory=list)
+    ended_badly: dict[int, tuple[TrialState, str]] = field(default_factory=dict)  # trial -> how, and why
+    finished: list[Finished] = field(default_factory=list)
+    best: tuple[int, dict[str, Tensor]] | None = None  # the trial that beats the bar, and its weights
+    state: State | None = None  # of the members, where it is to be saved or handed on
+    broken: str = ""  # why the members cannot go on together: they are to be trained one by one
+    over: bool = False  # nothing more comes of this segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Runs segments. patience: a trial ends after so many epochs without a better score."""
+
+    trainers: Mapping[str, LoopTrainer]  # by engine
+    objective: Objective
+    epochs: int
+    patience: int | None
+    save_every_seconds: float
+
+    def run(self, segment: Segment, should_stop: Callable[[], bool]) -> Iterator[Boundary]:
+        """Trains until the segment's end or until `should_stop()`; then the last boundary has the state.
+
+        The state comes as well whenever `save_every_seconds` have passed, also inside an epoch.
+        """
+        trainer = self.trainers[segment.engine]
+        try:
+            population = trainer.init(segment.trials, segment.hparams)
+        except InfeasibleError as error:
+            yield self._lost(segment, TrialState.INFEASIBLE, str(error))
+            return
+        except Exception:  # user code; its traceback is the reason
+            yield self._lost(segment, TrialState.FAILED, traceback.format_exc(limit=-8))
+            return
+        if segment.state is not None:
+            population.restore(*segment.state)
+        bar, saved_at = segment.bar, time.monotonic()
+
+        def should_pause() -> bool:
+            return should_stop() or time.monotonic() - saved_at >= self.save_every_seconds
+
+        while True:
+            ready = [e for e, on in zip(population.epoch, population.active, strict=True) if on]
+            until = min([*(epoch + 1 for epoch in ready), segment.until_epoch])
+            try:
+                result = trainer.train(population, until, should_pause=should_pause)
+            except (Exception, SystemExit):  # user code; one by one the culprit will show
+                if segment.engine == "loop":
+                    raise
+                yield Boundary(key=segment.key, broken=traceback.format_exc(limit=-8), over=True)
+                return
+            boundary = Boundary(key=segment.key, reports=result.reports)
+            boundary.ended_badly = {t: (TrialState.FAILED, why) for t, why in result.failed.items()}
+            bar = self._finish(trainer, population, boundary, bar)
+            left = [e for e, on in zip(population.epoch, population.active, strict=True) if on]
+            stopping = should_stop()
+            boundary.over = stopping or not left or min(left) >= segment.until_epoch
+            if left and (boundary.over or should_pause()):
+                boundary.state = population.state()
+                saved_at = time.monotonic()
+            yield boundary
+            if boundary.over:
+                return
+
+    def _lost(self, segment: Segment, state: TrialState, reason: str) -> Boundary:
+        return Boundary(
+            key=segment.key, ended_badly={trial: (state, reason) for trial in segment.trials}, over=True
+        )
+
+    def _finish(
+        self, trainer: LoopTrainer, population: Population, boundary: Boundary, bar: float | None
+    ) -> float | None:
+        """Takes out the members that are done; returns the best score so far."""
+        scores = {report.trial: report.metrics.get(self.objective.metric) for report in boundary.reports}
+        for i, trial in enumerate(population.trials):
+            if not population.active[i] or population.batch[i] or not self._is_done(population, i):
+                continue
+            population.active[i] = False
+            weights = trainer.weights(population, i)
+            kept = population.best_epoch[i] if trainer.keep is not None else population.epoch[i]
+            score = population.best[i] if trainer.keep is not None else scores.get(trial)
+            if score is not None and not math.isfinite(score):
+                score = None
+            sha256 = checkpoint.weights_sha256(weights)
+            boundary.finished.append(
+                Finished(trial=trial, weights_sha256=sha256, kept_epoch=kept, score=score)
+            )
+            if score is None or (bar is not None and self.objective.better(bar, score)):
+                continue
+            # As good as the bar is sent too: where scores are equal the lower number is the best.
+            if boundary.best is None or bar is None or self.objective.better(score, bar):
+                boundary.best = trial, weights
+            bar = score
+        return bar
+
+    def _is_done(self, population: Population, i: int) -> bool:
+        epoch = population.epoch[i]
+        waited = epoch - population.best_epoch[i]
+        return epoch >= self.epochs or (self.patience is not None and waited >= self.patience)

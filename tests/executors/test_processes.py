@@ -1,0 +1,146 @@
+"""Worker processes: the same results for any number of them, and whatever happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from hpt_torch.executors import processes
+from hpt_torch.models import MLP
+from hpt_torch.record import Record
+from hpt_torch.tasks import Classification
+from hpt_torch.types import Interrupted, TrialState
+
+pytestmark = pytest.mark.skipif(not processes.supported(), reason="workers are forked, on Linux only")
+RunQuick = Callable[..., str]
+FUSED = ("trainer.engine=fused", "search.trials=6", "search.round_size=6", "batch_size=64")
+
+
+def children() -> list[int]:
+    """The process ids of this process's children that run."""
+    mine = f"/proc/self/task/{threading.get_native_id()}/children"
+    return [int(pid) for pid in Path(mine).read_text().split()]
+
+
+@pytest.mark.parametrize("engine", ["loop", "fused"])
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, run_quick: RunQuick, engine: str) -> None:
+    settings = (*FUSED, f"trainer.engine={engine}")
+    inline = run_quick(tmp_path / "inline", *settings)
+    for workers in (1, 3):
+        forked = ("executor=processes", f"run.workers={workers}")
+        assert run_quick(tmp_path / f"workers-{workers}", *settings, *forked) == inline
+        assert children() == []
+    with Record(tmp_path / "workers-3" / "run.db", readonly=True) as record:
+        plan = record.of_kind("plan")[0].body["chunks"]
+    assert engine in {chunk["engine"] for chunk in plan}
+
+
+class _Killer(Classification):
+    """Its loss ends the worker that computes it: once, if a file with a name of its own is not there yet;
+    always, for a model with tanh."""
+
+    once: Path | None = None
+    always = False
+    coordinator = os.getpid()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+        if self.once is not None and not self.once.exists() and os.getpid() != self.coordinator:
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.always and hparams["activation"] == "tanh" and os.getpid() != self.coordinator:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().loss(model, batch, hparams)
+
+
+def test_a_worker_that_is_killed_is_replaced(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    task = _Killer(MLP, digits_task.data())
+    settings = ("search.trials=4", "executor=processes", "run.workers=2", "trainer.engine=loop")
+    expected = json.loads(run_quick(tmp_path / "calm", *settings))
+    task.once = tmp_path / "killed"
+    assert json.loads(run_quick(tmp_path / "killed-once", *settings, task=task)) == expected
+    assert task.once.exists()
+
+
+def test_a_segfault_ends_its_own_trial_alone(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    """Also where its trials were to be trained together: they are then tried one by one."""
+    task = _Killer(MLP, digits_task.data())
+    task.always = True
+    settings = (*FUSED, "executor=processes", "run.workers=2")
+    got = json.loads(run_quick(tmp_path / "run", *settings, task=task))
+    calm = json.loads(run_quick(tmp_path / "calm", *settings, "trainer.engine=loop"))
+    activations = [trial["hparams"]["activation"] for trial in got["trials"]]
+    assert sorted(set(activations)) == ["relu", "tanh"]
+    for trial, other, activation in zip(got["trials"], calm["trials"], activations, strict=True):
+        assert trial["state"] == ("FAILED" if activation == "tanh" else "COMPLETE")
+        if activations.count("relu") == 1 and activation == "relu":
+            assert trial["weights_sha256"] == other["weights_sha256"]
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        reasons = [trial.reason for trial in record.in_order() if trial.state is TrialState.FAILED]
+    assert reasons == ["the worker process was killed by SIGSEGV, 3 times"] * activations.count("tanh")
+
+
+def test_a_stop_saves_and_the_next_session_goes_on_to_the_same_end(
+    tmp_path: Path, run_quick: RunQuick
+) -> None:
+    settings = (*FUSED, "trainer.epochs=60", "executor=processes", "run.workers=2")
+    expected = run_quick(tmp_path / "whole", *settings)
+    timer = threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        with pytest.raises(Interrupted):
+            run_quick(tmp_path / "stopped", *settings)
+    finally:
+        timer.cancel()
+    with Record(tmp_path / "stopped" / "run.db", readonly=True) as record:
+        assert record.of_kind("state")
+        assert any(not trial.state.is_finished for trial in record.trials.values())
+    assert run_quick(tmp_path / "stopped", *settings) == expected
+
+
+class _Slow(Classification):
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+        time.sleep(0.05)
+        return super().loss(model, batch, hparams)
+
+
+def test_workers_die_with_the_coordinator(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    """`kill -9` of the coordinator alone leaves no worker behind."""
+    coordinator = os.fork()
+    if not coordinator:
+        task = _Slow(MLP, digits_task.data())
+        run_quick(tmp_path / "run", "executor=processes", "run.workers=2", "trainer.epochs=999", task=task)
+        os._exit(1)
+    workers: list[int] = []
+    deadline = time.monotonic() + 30
+    while len(workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        of_coordinator = Path(f"/proc/{coordinator}/task/{coordinator}/children")
+        workers = [int(pid) for pid in of_coordinator.read_text().split()]
+    os.kill(coordinator, signal.SIGKILL)
+    os.waitpid(coordinator, 0)
+    assert len(workers) == 2
+    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_runs(pid) for pid in workers)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -117,7 +117,16 @@ class Stop:
     reason: str
 
 
-Decision = Stop  # Continue is saying nothing; Exploit, Pause and Resume join with their schedulers
+@dataclass(frozen=True, kw_only=True)
+class Exploit:
+    """Replace one member by a copy of another: weights, buffers, optimizer state, schedule position."""
+
+    target: int  # the trial that is replaced
+    source: int  # the trial that is copied; never a target of the same boundary
+    hparams: HParams  # the searched values with which the target goes on
+
+
+Decision = Stop | Exploit  # Continue is saying nothing; Pause and Resume join with their schedulers
 
 
 # -- errors --------------------------------------------------------------------------------------------

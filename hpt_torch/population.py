@@ -68,6 +68,43 @@ class Population:
         tensors = {f"{group}/{name}": t for group, stack in self.stacks() for name, t in stack.items()}
         return tensors, {name: list(getattr(self, name)) for name in ("trials", *PLACES)}
 
+    def take(self, rows: Sequence[int]) -> Population:
+        """A population of these members, in memory of its own."""
+        index = torch.tensor(list(rows), device=next(iter(self.params.values())).device)
+        stacks: Any = {
+            group: {name: t.index_select(0, index) for name, t in tensors.items()}
+            for group, tensors in self.stacks()
+        }
+        lists: Any = {name: [getattr(self, name)[i] for i in rows] for name in ("trials", "hparams", *PLACES)}
+        return Population(**lists, **stacks)
+
+    def put(self, rows: Sequence[int], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over the saved state of some of its members. Raises ValueError if it is of others."""
+        if list(meta["trials"]) != [self.trials[i] for i in rows]:
+            raise ValueError(f"the state is of trials {meta['trials']}, not of those at {list(rows)}")
+        index = torch.tensor(list(rows), device=next(iter(self.params.values())).device)
+        for group, stack in self.stacks():
+            for name, tensor in stack.items():
+                tensor.index_copy_(0, index, tensors[f"{group}/{name}"].to(tensor.device))
+        for name in PLACES:
+            for i, value in zip(rows, meta[name], strict=True):
+                getattr(self, name)[i] = value
+
+    def copy_members(self, sources: Mapping[int, int]) -> None:
+        """Makes each key's member what the member at its value is: weights, buffers, moments, progress.
+        All are copies of what was there before. Hyperparameters and trial numbers stay."""
+        if not sources:
+            return
+        device = next(iter(self.params.values())).device
+        targets, origins = (torch.tensor(list(part), device=device) for part in (sources, sources.values()))
+        for _, stack in self.stacks():
+            for tensor in stack.values():
+                tensor[targets] = tensor[origins]
+        for name in PLACES:
+            values = list(getattr(self, name))
+            for target, source in sources.items():
+                getattr(self, name)[target] = values[source]
+
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over a saved state in place. Raises ValueError unless it is one of these same members."""
         if list(meta["trials"]) != self.trials:

@@ -6,202 +6,32 @@ remedy. Classes below this module get flat arguments, never a `Recipe`.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import Field, ValidationError
 
 from hpt_torch import space as spaces
 from hpt_torch.overrides import apply_overrides
 from hpt_torch.recipe_checks import cross_check, did_you_mean, homes
-from hpt_torch.samplers import SamplerName
-from hpt_torch.types import Problem, RecipeError, is_number
+from hpt_torch.recipe_sections import (
+    DimensionField,
+    ObjectiveSection,
+    RunSection,
+    SchedulerSection,
+    SearchSection,
+    Section,
+    TaskSection,
+    TrainerSection,
+)
+from hpt_torch.schedulers import PBT
+from hpt_torch.types import Problem, RecipeError
 
 MAX_BYTES = 1_000_000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|d)")
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-_NUMBERS = {"type": "array", "minItems": 2, "maxItems": 2}
-_WHEN = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
-DIMENSION_SCHEMA: dict[str, Any] = {
-    "oneOf": [
-        {"type": "object", "additionalProperties": False, "required": [kind], "properties": properties}
-        for kind, properties in {
-            "float": {
-                "float": _NUMBERS | {"items": {"type": "number"}},
-                "log": {"type": "boolean"},
-                "step": {"type": "number"},
-                "default": {"type": "number"},
-                "when": _WHEN,
-            },
-            "int": {
-                "int": _NUMBERS | {"items": {"type": "integer"}},
-                "log": {"type": "boolean"},
-                "step": {"type": "integer"},
-                "default": {"type": "integer"},
-                "when": _WHEN,
-            },
-            "choice": {"choice": {"type": "array", "minItems": 1}, "default": {}, "when": _WHEN},
-        }.items()
-    ]
-}
-
-
-def parse_duration(raw: Any) -> float:
-    """Seconds from "90s", "30m", "2h", "1d" or a number of seconds."""
-    if is_number(raw):
-        seconds = float(raw)
-    else:
-        match = DURATION.fullmatch(raw) if isinstance(raw, str) else None
-        if match is None:
-            raise ValueError(f'must be a duration such as "90s", "30m" or "2h", got {raw!r:.80}')
-        seconds = float(match[1]) * _UNITS[match[2]]
-    if not 0 < seconds < 1e9:
-        raise ValueError(f"must be above 0 and at most 11,000 days, got {raw!r}")
-    return seconds
-
-
-DimensionField = Annotated[
-    Any,
-    BeforeValidator(spaces.parse_dimension),
-    PlainSerializer(spaces.dump_dimension),
-    WithJsonSchema(DIMENSION_SCHEMA),
-]
-Duration = Annotated[
-    float,
-    BeforeValidator(parse_duration),
-    WithJsonSchema({"type": ["string", "number"], "pattern": f"^{DURATION.pattern}$"}),
-]
-Epochs = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
-Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class TaskSection(Section):
-    """What is trained."""
-
-    kind: str = Field(
-        default="classification",
-        max_length=200,
-        description="classification, regression, reconstruction, or module:factory",
-    )
-    model: str = Field(
-        default="mlp", max_length=200, description="mlp, cnn, rnn, autoencoder, linear, or module:factory"
-    )
-    data: str = Field(
-        default="digits", max_length=200, description="a data set that hpt_torch knows, or module:factory"
-    )
-    data_options: dict[str, Any] = Field(
-        default_factory=dict, description='arguments of the data set, such as path = "x.csv"'
-    )
-    valid_fraction: Fraction = Field(default=0.2, description="share of all rows that scores trials")
-    holdout_fraction: Fraction = Field(
-        default=0.2, description="share of all rows that is read once, at the end"
-    )
-    metrics: list[str] | None = Field(
-        default=None, min_length=1, description="measured at every epoch; the first one is optimised"
-    )
-
-
-class ObjectiveSection(Section):
-    """What is optimised; both are the task's own unless given."""
-
-    metric: str | None = Field(default=None, max_length=100, description='such as "valid/accuracy"')
-    direction: Literal["maximize", "minimize"] | None = None
-
-
-class SearchSection(Section):
-    """How points are chosen, and how many."""
-
-    sampler: SamplerName = "tpe"
-    trials: int | None = Field(
-        default=None,
-        ge=1,
-        le=1_000_000,
-        strict=True,
-        description="over all resumes; grid: every point unless given",
-    )
-    timeout: Duration | None = Field(
-        default=None, description='wall-clock over all resumes: "90s", "30m", "2h"'
-    )
-    round_size: int | None = Field(
-        default=None,
-        ge=1,
-        le=10_000,
-        strict=True,
-        description="trials proposed together; unless given: tpe 10, gp 5, random 128, grid 256",
-    )
-    start_with_defaults: Flag = Field(
-        default=True, description="trial 0 is the declared defaults (not for grid)"
-    )
-
-
-class TrainerSection(Section):
-    """How trials are trained."""
-
-    epochs: Epochs = 10
-    device: str = Field(
-        default="auto",
-        pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
-        description="auto, cpu, cuda, cuda:1, mps",
-    )
-    engine: Literal["auto", "loop", "fused"] = Field(
-        default="auto", description="auto, loop (one by one) or fused (trials of one signature at once)"
-    )
-    keep: Literal["last", "best"] | None = Field(
-        default=None,
-        description="the epoch whose weights and score a trial keeps; unless given: last, with patience best",
-    )
-    patience: int | None = Field(
-        default=None,
-        ge=1,
-        strict=True,
-        description="stop a trial after so many epochs without a better score",
-    )
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
-    )
-    dtype: Literal["float32", "float64"] = "float32"
-    autocast: Literal["none", "bfloat16"] = Field(
-        default="none", description="bfloat16: matrix products of forward and backward in 16 bits"
-    )
-    tf32: Flag = Field(default=False, description="CUDA: matrix products in TensorFloat-32")
-    deterministic: Flag = Field(
-        default=True, description="refuse kernels that do not repeat bit for bit (CUDA)"
-    )
-
-
-class RunSection(Section):
-    """Where and how the run is kept; none of it changes a result."""
-
-    checkpoint_every_seconds: float = Field(
-        default=30.0, ge=0, le=1e6, strict=True, description="at most so much training is repeated"
-    )
-    tensorboard: Flag = True
-    workers: int | None = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        strict=True,
-        description="worker processes, where the executor has them; unless given: one a CPU core",
-    )
 
 
 class Recipe(Section):
@@ -215,6 +45,7 @@ class Recipe(Section):
     objective: ObjectiveSection = ObjectiveSection()
     search: SearchSection = SearchSection()
     trainer: TrainerSection = TrainerSection()
+    scheduler: SchedulerSection = SchedulerSection()
     run: RunSection = RunSection()
     executor: Literal["auto", "inline", "processes"] = Field(
         default="auto",
@@ -294,6 +125,15 @@ def _problems_beside(data: Mapping[str, Any], error: ValidationError) -> list[Pr
     ]
 
 
+def pbt_of(recipe: Recipe) -> PBT | None:
+    """The recipe's Population Based Training, or None. Raises UserInputError for settings that cannot be."""
+    settings = recipe.scheduler.model_dump(exclude={"kind", "interval_epochs"})
+    if recipe.scheduler.kind != "pbt":
+        return None
+    interval = recipe.scheduler.interval_epochs or max(recipe.trainer.epochs // 10, 1)
+    return PBT(interval_epochs=interval, **settings)
+
+
 def planned_trials(recipe: Recipe) -> int | None:
     """How many trials the recipe asks for; None: as many as fit into its time."""
     if recipe.search.trials is not None:
@@ -354,8 +194,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``field: old -> new`` for every field in which two recipes (plain data) would give other results."""
     lines = []
     flat_old, flat_new = _flatten(old), _flatten(new)
+    population = flat_new.get("scheduler.kind") == "pbt"  # its size is no budget
     for key in sorted(set(flat_old) | set(flat_new)):
-        if any(key == free or key.startswith(f"{free}.") for free in EXTENDABLE):
+        free = any(key == name or key.startswith(f"{name}.") for name in EXTENDABLE)
+        if free and not (population and key == "search.trials"):
             continue
         before, after = flat_old.get(key, "not given"), flat_new.get(key, "not given")
         if before != after:

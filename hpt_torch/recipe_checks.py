@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpt_torch import space as spaces
 from hpt_torch.hparams import HParamSpec
+from hpt_torch.schedulers import check_space as check_pbt_space
 from hpt_torch.space import Choice, Dimension
 from hpt_torch.types import Problem, SpaceError
 
@@ -54,9 +55,36 @@ def cross_check(recipe: Recipe) -> list[Problem]:
                 "before stopping are those without a better score",
             )
         )
+    if recipe.scheduler.kind == "pbt":
+        problems += _check_pbt(recipe)
     if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
         problems.append(
             Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
+        )
+    return problems
+
+
+def _check_pbt(recipe: Recipe) -> list[Problem]:
+    problems = []
+    trials = recipe.search.trials
+    if recipe.search.sampler != "grid" and (trials is None or trials < 2):
+        got = "none" if trials is None else trials
+        what = f"is the population's size with pbt, and must be at least 2, got {got}"
+        problems.append(Problem("search.trials", what))
+    if recipe.trainer.patience is not None or recipe.trainer.keep == "best":
+        problems.append(
+            Problem(
+                "trainer.patience" if recipe.trainer.patience is not None else "trainer.keep",
+                "does not go with pbt, whose members end at their last epoch; leave it out",
+            )
+        )
+    first, second = recipe.scheduler.perturbation_factors
+    if not 0 < first < 1 < second:
+        problems.append(
+            Problem(
+                "scheduler.perturbation_factors",
+                f"must be two numbers, the first in (0, 1), the second above 1, got [{first}, {second}]",
+            )
         )
     return problems
 
@@ -96,6 +124,8 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
                         f"{parent} is {', '.join(map(str, possible))}; leave it out",
                     )
                 )
+    if recipe.scheduler.kind == "pbt" and not problems:
+        problems += check_pbt_space(recipe.space, [name for name, spec in specs.items() if spec.dynamic])
     return problems
 
 

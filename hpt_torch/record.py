@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpt_torch.space import freeze, thaw
-from hpt_torch.types import DamageError, Report, RunError, Trial, TrialState
+from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState
 
 FORMAT = 1
 _FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
@@ -214,11 +214,22 @@ class Record:
             case "pause":
                 for number in body["trials"]:
                     self._update(number, state=TrialState.PAUSED)
+            case "generation":
+                for copy in body["exploits"]:
+                    self._exploit(body["generation"], body["epoch"], copy)
             case "state":
                 name = body["key"]
                 self.state_files.setdefault(name, []).append(StateFile(**body))
             case _:
                 pass  # sessions, plans, hold-out readings: looked up by kind where they are needed
+
+    def _exploit(self, generation: int, epoch: int, copy: Mapping[str, Any]) -> None:
+        trial = self.trials[copy["target"]]
+        first = Phase(generation=0, epoch=0, source=None, hparams=trial.hparams)
+        hparams = {name: freeze(value) for name, value in copy["hparams"].items()}
+        phase = Phase(generation=generation, epoch=epoch, source=copy["source"], hparams=hparams)
+        phases = (*(trial.phases or (first,)), phase)
+        self._update(trial.number, hparams=hparams, phases=phases, signature=copy["signature"])
 
     def _update(self, number: int, **changes: Any) -> None:
         self.trials[number] = dataclasses.replace(self.trials[number], **changes)

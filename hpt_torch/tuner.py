@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint, samplers
+from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
-from hpt_torch.recipe import Recipe, planned_trials
+from hpt_torch.recipe import Recipe, pbt_of, planned_trials
 from hpt_torch.record import (
     Event,
     Record,
@@ -46,7 +47,7 @@ from hpt_torch.types import (
     TrialState,
 )
 
-_KEEP_STATES = 2  # the newest state files of a chunk: if one is damaged, the one before serves
+KEEP_STATES = 2  # the newest state files of a chunk: if one is damaged, the one before serves
 
 
 class Tuner:
@@ -77,8 +78,12 @@ class Tuner:
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
-        self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         self.total = planned_trials(recipe)
+        self.pbt = pbt_of(recipe)
+        self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
+        if self.pbt is not None and self.total is not None:
+            self.round_size = self.total  # the population
+        self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -88,7 +93,11 @@ class Tuner:
             observer.started(self)
         try:
             self.dir.remove_strays(self._needed_files())
-            while not self.stopped and not self.timed_out:
+            if self.pbt is not None:
+                while self._plan_round():
+                    pass
+                evolve(self, self.pbt)
+            while self.pbt is None and not self.interrupted:
                 chunks = self._open_chunks()
                 if chunks:
                     self._train(chunks)
@@ -101,6 +110,11 @@ class Tuner:
         finally:
             for observer in self.observers:
                 observer.ended(self)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether training is to be left, and saved, at the next step."""
+        return self.stopped or self.timed_out
 
     @property
     def stopped(self) -> bool:
@@ -142,30 +156,42 @@ class Tuner:
         for trial, point in zip(numbers, points, strict=True):
             full = {**self.fixed, **point}
             events.append(trial_event(trial, number, point, signature(full, self.trainer.dynamic)))
-        signatures = [(event.body["trial"], event.body["signature"]) for event in events]
-        full_of = {trial: {**self.fixed, **point} for trial, point in zip(numbers, points, strict=True)}
-        chunks = planner.plan(
-            signatures,
-            engine=self.recipe.trainer.engine,
-            device=self.trainer.device.type,
-            traits=lambda trial: self.trainer.traits(full_of[trial], trial),
-            why_not=lambda trials: self._why_not(trials, [full_of[trial] for trial in trials]),
+        if self.pbt is not None:  # its members are grouped anew in every generation
+            self.commit(*events)
+            return True
+        chunks = self.chunks_of(
+            {trial: {**self.fixed, **point} for trial, point in zip(numbers, points, strict=True)}
         )
         plan = [dataclasses.asdict(chunk) for chunk in chunks]
-        self._commit(*events, Event(kind="plan", body={"round": number, "chunks": plan}))
-        self._tell_plan(chunks)
+        self.commit(*events, Event(kind="plan", body={"round": number, "chunks": plan}))
+        self.tell_plan(chunks)
         return True
 
-    def _why_not(self, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
-        """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
-        fused = self.trainers["fused"]
-        assert isinstance(fused, FusedTrainer)
-        try:
-            return fused.why_not(fused.init(trials, hparams))
-        except Exception as error:
-            return f"its model cannot be built ({error})"
+    def chunks_of(self, hparams: Mapping[int, HParams]) -> list[Chunk]:
+        """How trials with these hyperparameters (fixed ones included) are to be trained."""
+        signatures = {trial: signature(full, self.trainer.dynamic) for trial, full in hparams.items()}
+        return planner.plan(
+            list(signatures.items()),
+            engine=self.recipe.trainer.engine,
+            device=self.trainer.device.type,
+            traits=lambda trial: self.trainer.traits(hparams[trial], trial),
+            why_not=lambda trials: self._why_not(
+                signatures[trials[0]], trials, [hparams[trial] for trial in trials]
+            ),
+        )
 
-    def _tell_plan(self, chunks: Sequence[Chunk]) -> None:
+    def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
+        """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
+        if signed not in self._reasons:
+            fused = self.trainers["fused"]
+            assert isinstance(fused, FusedTrainer)
+            try:
+                self._reasons[signed] = fused.why_not(fused.init(trials, hparams))
+            except Exception as error:
+                self._reasons[signed] = f"its model cannot be built ({error})"
+        return self._reasons[signed]
+
+    def tell_plan(self, chunks: Sequence[Chunk]) -> None:
         """Says once, for each reason, why trials are trained as they are."""
         for chunk in chunks:
             together = f"{len(chunk.trials)} trials at once" if chunk.engine == "fused" else "one by one"
@@ -173,7 +199,7 @@ class Tuner:
                 line = f"engine {chunk.engine}: {together} ({chunk.why})"
                 if line not in self._told:
                     self._told.add(line)
-                    self._say(line)
+                    self.say(line)
 
     def _open_chunks(self) -> list[Chunk]:
         """The planned chunks that still have unfinished trials, in their recorded order."""
@@ -200,24 +226,30 @@ class Tuner:
         """Trains the chunks to their ends, or until a stop is asked for; then their states are saved."""
         by_key = {chunk.key: chunk for chunk in chunks}
         segments = (self._segment(chunk) for chunk in chunks)
-        for boundary in self.executor.run(segments, lambda: self.stopped or self.timed_out):
+        for boundary in self.executor.run(segments, lambda: self.interrupted):
             chunk = by_key[boundary.key]
             if boundary.broken:
-                self._commit(Event(kind="fallback", body={"key": chunk.key, "reason": boundary.broken}))
-                self._say(f"trials {list(chunk.trials)} failed together and are trained one by one")
+                self.commit(Event(kind="fallback", body={"key": chunk.key, "reason": boundary.broken}))
+                self.say(f"trials {list(chunk.trials)} failed together and are trained one by one")
                 continue
-            self._commit(*self._events(chunk, boundary))
-            self._drop_old_files(chunk, ended=boundary.over and boundary.state is None)
+            events = self.events_of(boundary)
+            if boundary.state is not None:
+                count = len(self.record.state_files.get(chunk.key, []))
+                events.append(
+                    self.write_state(chunk.key, f"{chunk.key}-{count}.safetensors", *boundary.state)
+                )
+            self.commit(*events)
+            self.drop_old_states(chunk.key, ended=boundary.over and boundary.state is None)
 
     def _segment(self, chunk: Chunk) -> Segment:
         """The chunk to its end, from its newest good state."""
         state = None
-        for file in reversed(self.record.state_files.get(chunk.key, [])[-_KEEP_STATES:]):
+        for file in reversed(self.record.state_files.get(chunk.key, [])[-KEEP_STATES:]):
             try:
                 state = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
                 break
             except DamageError as error:
-                self._say(f"{error}; going back to the state before it")
+                self.say(f"{error}; going back to the state before it")
         return Segment(
             key=chunk.key,
             trials=chunk.trials,
@@ -228,8 +260,8 @@ class Tuner:
             bar=self.objective.score(self.best) if self.best is not None else None,
         )
 
-    def _events(self, chunk: Chunk, boundary: Boundary) -> list[Event]:
-        """What the boundary brought that is not recorded yet; files that it needs are written first."""
+    def events_of(self, boundary: Boundary) -> list[Event]:
+        """What the boundary brought that is not recorded yet; the best weights' file is written first."""
         events = [report_event(report) for report in boundary.reports if self._is_new(report)]
         for trial, (state, reason) in boundary.ended_badly.items():
             if not self.record.trials[trial].state.is_finished:  # it may be a replay
@@ -243,10 +275,7 @@ class Tuner:
             )
             if boundary.best is not None and boundary.best[0] == done.trial and self._beats(done, best):
                 name, weights = f"best-{done.trial}.safetensors", boundary.best[1]
-                events.append(self._write("best", name, weights, {"trial": done.trial}))
-        if boundary.state is not None:
-            count = len(self.record.state_files.get(chunk.key, []))
-            events.append(self._write(chunk.key, f"{chunk.key}-{count}.safetensors", *boundary.state))
+                events.append(self.write_state("best", name, weights, {"trial": done.trial}))
         return events
 
     def _beats(self, done: Finished, best: Trial | None) -> bool:
@@ -277,7 +306,7 @@ class Tuner:
 
     # -- state files -----------------------------------------------------------------------------------
 
-    def _write(self, key: str, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Event:
+    def write_state(self, key: str, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Event:
         """Writes a state file; it counts once the event that names it is committed."""
         try:
             sha256 = checkpoint.save(self.dir.checkpoints / name, tensors, meta)
@@ -291,14 +320,15 @@ class Tuner:
     def _needed_files(self) -> set[str]:
         """The state files that going on may read."""
         needed = {file.name for file in self.record.state_files.get("best", [])[-1:]}
-        for chunk in self._open_chunks():
-            needed |= {file.name for file in self.record.state_files.get(chunk.key, [])[-_KEEP_STATES:]}
+        keys = [POPULATION] if self.pbt is not None else [chunk.key for chunk in self._open_chunks()]
+        for key in keys:
+            needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}
         return needed
 
-    def _drop_old_files(self, chunk: Chunk, *, ended: bool) -> None:
+    def drop_old_states(self, key: str, *, ended: bool = False) -> None:
         """Removes what a newer committed file replaces: only now, after the commit."""
-        states = self.record.state_files.get(chunk.key, [])
-        old = states if ended else states[:-_KEEP_STATES]
+        states = self.record.state_files.get(key, [])
+        old = states if ended else states[:-KEEP_STATES]
         self.dir.remove(file.name for file in (*old, *self.record.state_files.get("best", [])[:-1]))
 
     # -- ends ------------------------------------------------------------------------------------------
@@ -311,8 +341,8 @@ class Tuner:
             if not t.state.is_finished and t.state != TrialState.PAUSED
         ]
         if left:
-            self._commit(pause_event(left))
-        self._say("search.timeout is used up; go on with a larger one, e.g. search.timeout=2h")
+            self.commit(pause_event(left))
+        self.say("search.timeout is used up; go on with a larger one, e.g. search.timeout=2h")
 
     def _read_holdout(self) -> None:
         """Scores the chosen model on the hold-out rows: once, after the search, only to report it."""
@@ -324,13 +354,13 @@ class Tuner:
         weights, _ = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
         model = self.trainer.load(self.hparams_of(best), best.number, weights)
         metrics = {f"holdout/{k}": v for k, v in evaluate(self.task, model, data.holdout).items()}
-        self._commit(
+        self.commit(
             Event(kind="holdout", body={"trial": best.number, "metrics": metrics, "rows": len(data.holdout)})
         )
 
     # -- telling ---------------------------------------------------------------------------------------
 
-    def _commit(self, *events: Event) -> None:
+    def commit(self, *events: Event) -> None:
         """Records the events, then brings what is derived from them up to date."""
         if not events:
             return
@@ -347,7 +377,7 @@ class Tuner:
         for observer in self.observers:
             observer.recorded(self, self.record.events[before:])
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         for observer in self.observers:
             observer.say(line)
 

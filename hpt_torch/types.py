@@ -49,6 +49,16 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A member's training between two decisions of its scheduler that changed it."""
+
+    generation: int  # the decision with which it began; 0: the start of the run
+    epoch: int  # epochs trained before it
+    source: int | None  # the trial whose weights it goes on with; None: its own first ones
+    hparams: HParams  # the searched values
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One point of the search space and what became of it. Read-only: the record makes new ones."""
 
@@ -61,6 +71,7 @@ class Trial:
     reason: str = ""  # why it was pruned, failed or is infeasible; a traceback where code raised
     weights_sha256: str = ""
     kept_epoch: int = 0  # the epoch whose weights were kept; 0: not finished
+    phases: tuple[Phase, ...] = ()  # where a scheduler changed it; then `hparams` are those of the last one
 
     @property
     def metrics(self) -> Mapping[str, float]:

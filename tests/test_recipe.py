@@ -15,7 +15,8 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpt_torch.recipe import Recipe, build, differences, load, parse_duration, schema
+from hpt_torch.recipe import Recipe, build, differences, load, schema
+from hpt_torch.recipe_sections import parse_duration
 from hpt_torch.space import Choice, Float, Int
 from hpt_torch.types import RecipeError
 
@@ -72,6 +73,19 @@ patience = 2
 autocast = "bfloat16"
 tf32 = true
 
+[scheduler]
+kind = "fifo"
+interval_epochs = 3
+burn_in_epochs = 1
+exploit = "t_test"
+quantile = 0.25
+explore = false
+resample_probability = 0.5
+perturbation_factors = [0.5, 2.0]
+crossover_probability = 0.1
+window = 5
+significance = 0.1
+
 [run]
 checkpoint_every_seconds = 1.5
 workers = 3
@@ -104,7 +118,7 @@ def test_every_field_survives_being_written_and_read(tmp_path: Path) -> None:
     # FULL names every field there is, so that a new one is not forgotten here
     given_fields = {name for name, value in tomllib.loads(FULL).items()}
     assert given_fields == set(Recipe.model_fields)
-    for name in ("task", "objective", "search", "trainer", "run"):
+    for name in ("task", "objective", "search", "trainer", "scheduler", "run"):
         assert set(tomllib.loads(FULL)[name]) == set(type(getattr(recipe, name)).model_fields)
 
 

@@ -113,3 +113,23 @@ def test_a_failed_trial_ends_as_a_failure(tmp_path: Path, run_quick: RunQuick) -
     content = reader.SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
     end = plugin_data_pb2.HParamsPluginData.FromString(content).session_end_info
     assert end.status == api_pb2.STATUS_FAILURE
+
+
+def test_a_population_shows_its_schedules(tmp_path: Path, run_quick: RunQuick) -> None:
+    from test_evolution import POPULATION
+
+    run_quick(tmp_path / "run", "trainer.epochs=5", observers=[TensorBoardObserver()], raw=POPULATION)
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        trials = record.in_order()
+    assert any(trial.phases for trial in trials)
+    for trial in trials:
+        curves = _curves(tmp_path / "run" / "tensorboard" / f"trial-{trial.number:05d}")
+        for name in ("lr", "dropout", "batch_size"):
+            expected = [
+                [p.hparams[name] for p in trial.phases if p.epoch < epoch][-1:] or [trial.hparams[name]]
+                for epoch in range(1, 6)
+            ]
+            values = [value for _, value in curves[f"hparams/{name}"]]
+            assert values == pytest.approx([value for (value,) in expected], rel=1e-6)
+        copied = [(phase.epoch + 1, phase.source) for phase in trial.phases if phase.source is not None]
+        assert curves.get("pbt/copied_trial", []) == copied

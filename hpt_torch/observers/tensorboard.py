@@ -21,6 +21,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hpt_torch.record import Event
+from hpt_torch.schedulers.lineage import phases
 from hpt_torch.space import Choice, thaw
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import Trial, TrialState
@@ -79,6 +80,8 @@ class TensorBoardObserver:
         for report in trial.reports[self._written[number] :]:
             at = tuner.record.reported_at(number, report.epoch)
             values = [*report.metrics.items(), ("time/epoch_seconds", report.seconds)]
+            if tuner.pbt is not None:
+                values += _schedule(trial, report.epoch)
             protos.append(_scalars(report.epoch, at, values))
         self._written[number] = len(trial.reports)
         if trial.state.is_finished:
@@ -96,6 +99,15 @@ def _scalars(step: int, at: float, values: Iterable[tuple[str, float]]) -> Event
     """All metrics of one step in one record (tag: a metric's name as in the report)."""
     summary = SummaryProto(value=[SummaryProto.Value(tag=tag, simple_value=value) for tag, value in values])
     return EventProto(wall_time=at, step=step, summary=summary)
+
+
+def _schedule(trial: Trial, epoch: int) -> list[tuple[str, float]]:
+    """The hyperparameters of this epoch, and whom the member copied just before it."""
+    phase = [phase for phase in phases(trial) if phase.epoch < epoch][-1]
+    values = [(f"hparams/{n}", float(v)) for n, v in phase.hparams.items() if isinstance(v, (int, float))]
+    if phase.source is not None and phase.epoch == epoch - 1:
+        values.append(("pbt/copied_trial", float(phase.source)))
+    return values
 
 
 def _hparams_event(tuner: Tuner, trial: Trial) -> EventProto:

@@ -155,6 +155,10 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "epoch": trial.epoch,
         "kept_epoch": trial.kept_epoch,
         "weights_sha256": trial.weights_sha256,
+        "phases": [
+            {"generation": p.generation, "epoch": p.epoch, "source": p.source, "hparams": _plain(p.hparams)}
+            for p in trial.phases
+        ],
     }
 
 

@@ -1,0 +1,205 @@
+"""The sections of a recipe: fields, their rules, a sentence about each."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+from hpt_torch import space as spaces
+from hpt_torch.samplers import SamplerName
+from hpt_torch.schedulers.pbt import ExploitName
+from hpt_torch.types import is_number
+
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|d)")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+_NUMBERS = {"type": "array", "minItems": 2, "maxItems": 2}
+_WHEN = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+DIMENSION_SCHEMA: dict[str, Any] = {
+    "oneOf": [
+        {"type": "object", "additionalProperties": False, "required": [kind], "properties": properties}
+        for kind, properties in {
+            "float": {
+                "float": _NUMBERS | {"items": {"type": "number"}},
+                "log": {"type": "boolean"},
+                "step": {"type": "number"},
+                "default": {"type": "number"},
+                "when": _WHEN,
+            },
+            "int": {
+                "int": _NUMBERS | {"items": {"type": "integer"}},
+                "log": {"type": "boolean"},
+                "step": {"type": "integer"},
+                "default": {"type": "integer"},
+                "when": _WHEN,
+            },
+            "choice": {"choice": {"type": "array", "minItems": 1}, "default": {}, "when": _WHEN},
+        }.items()
+    ]
+}
+
+
+def parse_duration(raw: Any) -> float:
+    """Seconds from "90s", "30m", "2h", "1d" or a number of seconds."""
+    if is_number(raw):
+        seconds = float(raw)
+    else:
+        match = DURATION.fullmatch(raw) if isinstance(raw, str) else None
+        if match is None:
+            raise ValueError(f'must be a duration such as "90s", "30m" or "2h", got {raw!r:.80}')
+        seconds = float(match[1]) * _UNITS[match[2]]
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"must be above 0 and at most 11,000 days, got {raw!r}")
+    return seconds
+
+
+DimensionField = Annotated[
+    Any,
+    BeforeValidator(spaces.parse_dimension),
+    PlainSerializer(spaces.dump_dimension),
+    WithJsonSchema(DIMENSION_SCHEMA),
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    WithJsonSchema({"type": ["string", "number"], "pattern": f"^{DURATION.pattern}$"}),
+]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TaskSection(Section):
+    """What is trained."""
+
+    kind: str = Field(
+        default="classification",
+        max_length=200,
+        description="classification, regression, reconstruction, or module:factory",
+    )
+    model: str = Field(
+        default="mlp", max_length=200, description="mlp, cnn, rnn, autoencoder, linear, or module:factory"
+    )
+    data: str = Field(
+        default="digits", max_length=200, description="a data set that hpt_torch knows, or module:factory"
+    )
+    data_options: dict[str, Any] = Field(
+        default_factory=dict, description='arguments of the data set, such as path = "x.csv"'
+    )
+    valid_fraction: Fraction = Field(default=0.2, description="share of all rows that scores trials")
+    holdout_fraction: Fraction = Field(
+        default=0.2, description="share of all rows that is read once, at the end"
+    )
+    metrics: list[str] | None = Field(
+        default=None, min_length=1, description="measured at every epoch; the first one is optimised"
+    )
+
+
+class ObjectiveSection(Section):
+    """What is optimised; both are the task's own unless given."""
+
+    metric: str | None = Field(default=None, max_length=100, description='such as "valid/accuracy"')
+    direction: Literal["maximize", "minimize"] | None = None
+
+
+class SearchSection(Section):
+    """How points are chosen, and how many."""
+
+    sampler: SamplerName = "tpe"
+    trials: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        strict=True,
+        description="over all resumes; grid: every point unless given",
+    )
+    timeout: Duration | None = Field(
+        default=None, description='wall-clock over all resumes: "90s", "30m", "2h"'
+    )
+    round_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        strict=True,
+        description="trials proposed together; unless given: tpe 10, gp 5, random 128, grid 256",
+    )
+    start_with_defaults: Flag = Field(
+        default=True, description="trial 0 is the declared defaults (not for grid)"
+    )
+
+
+class TrainerSection(Section):
+    """How trials are trained."""
+
+    epochs: Epochs = 10
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
+        description="auto, cpu, cuda, cuda:1, mps",
+    )
+    engine: Literal["auto", "loop", "fused"] = Field(
+        default="auto", description="auto, loop (one by one) or fused (trials of one signature at once)"
+    )
+    keep: Literal["last", "best"] | None = Field(
+        default=None,
+        description="the epoch whose weights and score a trial keeps; unless given: last, with patience best",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        strict=True,
+        description="stop a trial after so many epochs without a better score",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
+    )
+    dtype: Literal["float32", "float64"] = "float32"
+    autocast: Literal["none", "bfloat16"] = Field(
+        default="none", description="bfloat16: matrix products of forward and backward in 16 bits"
+    )
+    tf32: Flag = Field(default=False, description="CUDA: matrix products in TensorFloat-32")
+    deterministic: Flag = Field(
+        default=True, description="refuse kernels that do not repeat bit for bit (CUDA)"
+    )
+
+
+class SchedulerSection(Section):
+    """Who decides between epochs. The settings are Population Based Training's; `PBT` explains them."""
+
+    kind: Literal["fifo", "pbt"] = Field(
+        default="fifo", description="fifo: every trial trains to its end; pbt: Population Based Training"
+    )
+    interval_epochs: Epochs | None = Field(
+        default=None, description="epochs between two decisions; unless given: a tenth of trainer.epochs"
+    )
+    burn_in_epochs: int = Field(default=0, ge=0, strict=True, description="epochs before the first decision")
+    exploit: ExploitName = Field(default="truncation", description="who copies whom")
+    quantile: float = Field(default=0.2, gt=0, le=0.5, strict=True, description="share that copies")
+    explore: Flag = Field(default=True, description="false: copies keep their source's hyperparameters")
+    resample_probability: float = Field(default=0.25, ge=0, le=1, strict=True)
+    perturbation_factors: list[float] = Field(default=[0.8, 1.2], min_length=2, max_length=2)
+    crossover_probability: float = Field(default=0.0, ge=0, le=1, strict=True)
+    window: int = Field(default=10, ge=2, le=1000, strict=True, description="scores that t_test compares")
+    significance: float = Field(default=0.05, gt=0, lt=1, strict=True, description="t_test's p")
+
+
+class RunSection(Section):
+    """Where and how the run is kept; none of it changes a result."""
+
+    checkpoint_every_seconds: float = Field(
+        default=30.0, ge=0, le=1e6, strict=True, description="at most so much training is repeated"
+    )
+    tensorboard: Flag = True
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        strict=True,
+        description="worker processes, where the executor has them; unless given: one a CPU core",
+    )

@@ -31,7 +31,11 @@ def tune(
     round_size: int | None = None,
     metric: str | None = None,
     direction: str | None = None,
+    scheduler: Mapping[str, Any] | None = None,
     device: str = "auto",
+    engine: str = "auto",
+    executor: str = "auto",
+    workers: int | None = None,
     run_dir: str | Path | None = None,
     progress: bool = True,
     tensorboard: bool = True,
@@ -44,6 +48,9 @@ def tune(
     space: name -> Float, Int or Choice. hparams: fixed values, name -> value.
     trials, timeout ("30m", or seconds): budgets over all resumes; at least one is needed, except for "grid".
     epochs: of each trial. sampler: tpe, random, grid, gp. metric, direction: default to the task's.
+    scheduler: as a recipe's [scheduler], e.g. ``{"kind": "pbt", "interval_epochs": 2}`` for Population Based
+    Training, where `trials` is the size of the population (`hpt_torch.schedulers.PBT` has the settings).
+    engine: auto, loop, fused. executor: auto, inline, processes; workers: how many, no matter to the result.
     run_dir: everything is kept there, and calling again with the same arguments goes on where it was. By
     default a directory under ``runs/`` named after the task and a hash of these arguments, the data and the
     model's source, so that running a changed script is a new run and an unchanged one continues.
@@ -60,8 +67,10 @@ def tune(
         "space": dict(space),
         "search": {"sampler": sampler, "trials": trials, "timeout": timeout, "round_size": round_size},
         "objective": {"metric": metric, "direction": direction},
-        "trainer": {"epochs": epochs, "device": device},
-        "run": {"tensorboard": tensorboard},
+        "trainer": {"epochs": epochs, "device": device, "engine": engine},
+        "scheduler": dict(scheduler or {}),
+        "run": {"tensorboard": tensorboard, "workers": workers},
+        "executor": executor,
     }
     recipe = recipes.build(raw, source="tune()")
     checked = session.check(recipe, task, source="tune()")
@@ -85,7 +94,8 @@ def _default_name(checked: session.Checked) -> str:
     identity = session.identity(checked)
     for free in ("trials", "timeout"):
         identity["recipe"]["search"].pop(free, None)
-    identity["recipe"].pop("run", None)
+    for free in ("run", "executor"):
+        identity["recipe"].pop(free, None)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in checked.task.name)[:50].strip("._-")
     return f"{stem or 'tune'}-{digest}"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_scaling
+import bench_search
 import torch
 import typer
 from torch import nn
@@ -200,9 +202,8 @@ def throughput(
         json_path.write_text(json.dumps(results, indent=1))
 
 
-@app.callback()
-def _main() -> None:
-    pass
+for _command in (bench_search.grid, bench_search.fashion, bench_scaling.scaling):
+    app.command()(_command)
 
 
 if __name__ == "__main__":

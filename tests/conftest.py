@@ -41,7 +41,7 @@ QUICK: dict[str, Any] = {
         "activation": {"choice": ["relu", "tanh"]},
     },
     "search": {"sampler": "random", "trials": 4, "round_size": 2},
-    "trainer": {"epochs": 2, "device": "cpu", "threads": 1},
+    "trainer": {"epochs": 2, "device": "cpu", "threads": 1, "engine": "loop"},
     "run": {"tensorboard": False},
     "executor": "inline",
 }

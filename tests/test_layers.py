@@ -27,8 +27,8 @@ class Rule:
 
 
 DECISIONS = (
-    "types", "seeding", "hparams", "space", "recipe", "recipe_sections", "recipe_checks", "overrides", "samplers",
-    "schedulers", "record", "report",
+    "types", "seeding", "hparams", "space", "recipe", "recipe_sections", "recipe_checks", "overrides",
+    "samplers", "schedulers", "record", "report",
 )  # fmt: skip
 TENSORS = (
     "task", "tasks", "models", "data", "optim", "lr_schedules", "metrics", "population", "trainers",

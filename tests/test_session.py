@@ -255,7 +255,7 @@ def test_infeasible_error_may_be_raised_by_a_task(
 
     from hpt_torch.models import MLP
 
-    run_quick(tmp_path / "run", "search.trials=6", task=Picky(MLP, digits_task.data()))
+    run_quick(tmp_path / "run", "search.trials=6", "trainer.engine=auto", task=Picky(MLP, digits_task.data()))
     with Record(tmp_path / "run" / "run.db", readonly=True) as record:
         states = {(t.hparams["activation"], t.state) for t in record.trials.values()}
     assert states == {("relu", TrialState.COMPLETE), ("tanh", TrialState.INFEASIBLE)}

@@ -573,7 +573,7 @@ PATIENT: dict[str, Any] = {
     "space": {"lr": {"choice": [0.001, 0.3]}},
     "search": {"sampler": "grid", "round_size": 2},
     "objective": {"metric": "valid/loss", "direction": "minimize"},
-    "trainer": {"epochs": 8, "patience": 2, "device": "cpu", "threads": 1},
+    "trainer": {"epochs": 8, "patience": 2, "device": "cpu", "threads": 1, "engine": "loop"},
     "run": {"tensorboard": False, "checkpoint_every_seconds": 0},
     "executor": "inline",
 }

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-LARGEST = 64  # members of one population: beyond it a further member costs as much as the one before
-# The smallest population that trains faster together than one after another, measured on digits and
-# Fashion-MNIST MLPs (notebooks/LOG.md): eager vmap has a fixed cost a step that few members do not repay.
-SMALLEST = {"cpu": 8, "cuda": 2, "mps": 2}
-# On the CPU vmap turns convolutions into grouped ones, and LSTMs into a loop over steps; both are slower than
-# the kernels that one member gets.
+# Members of one population: beyond it a further member costs as much as the one before, and on the CPU more
+# populations keep more workers busy.
+LARGEST = {"cpu": 32}
+_LARGEST_ELSEWHERE = 64
+# On the CPU vmap turns convolutions into grouped ones (half the speed of the loop), and an LSTM cannot use
+# the kernel that one member gets (three quarters of it). All else that was measured trains faster together
+# from two members on (notebooks/LOG.md).
 SLOW_TOGETHER_ON_CPU = frozenset({"convolution", "lstm"})
 
 
@@ -43,7 +44,7 @@ def plan(
         groups.setdefault(signature, []).append(trial)
     chunks = []
     for trials in groups.values():
-        for part in _split(trials, 1 if engine == "loop" else LARGEST):
+        for part in _split(trials, 1 if engine == "loop" else LARGEST.get(device, _LARGEST_ELSEWHERE)):
             chosen, why = _choose(part, engine, device, traits, why_not)
             pieces = [part] if chosen == "fused" else [[trial] for trial in part]
             chunks += [Chunk(f"chunk-{piece[0]}", tuple(piece), chosen, why) for piece in pieces]
@@ -61,14 +62,12 @@ def _choose(
         return "loop", "asked for"
     if len(trials) == 1:
         return "loop", "the only trial of its signature"
-    if engine == "auto":
-        smallest = SMALLEST.get(device, 2)
-        if len(trials) < smallest:
-            return "loop", f"fewer than {smallest} trials of one signature"
+    reason = why_not(trials[:2])
+    if engine == "auto" and reason is None:
         slow = traits(trials[0]) & SLOW_TOGETHER_ON_CPU if device == "cpu" else frozenset()
         if slow:
             return "loop", f"{' and '.join(sorted(slow))} train faster one by one on the CPU"
-    if reason := why_not(trials[:2]):
+    if reason is not None:
         return "loop", f"cannot be mapped over members: {reason}"
     return "fused", "asked for" if engine == "fused" else f"{len(trials)} trials of one signature"
 

@@ -141,6 +141,8 @@ def _without_idle_views(calls: Sequence[_Call], results: list[Any]) -> tuple[lis
         call.arguments = shown(call.arguments)
         if _is_view(call.op) and isinstance(call.outputs[0], Tensor) and call.single:
             view, source = call.outputs[0], call.arguments[0][0]
+            if view is source:
+                continue  # what is to be seen was returned itself
             seen_through[id(view)] = source
             while source is not None and _layout(source) != _layout(view):
                 source = seen_through.get(id(source))

@@ -363,6 +363,7 @@ def test_a_search_and_its_continuation(tmp_path: Path, workers: int, monkeypatch
         hpt.tune(
             hpt.Classification(Flat, data), {"lr": hpt.Float(1e-3, 1e-1)}, trials=3, epochs=2, device="cpu",
             sampler="random", hparams={"batch_size": 8}, run_dir=path, progress=False, tensorboard=False,
+            engine="loop",
         )  # fmt: skip
         assert not _workers()
         return canonical_of(path)

@@ -113,3 +113,15 @@ def test_signature_is_the_static_items(hparams: dict[str, Any], dynamic: set[str
     text = signature(hparams, dynamic)
     assert text == signature(dict(reversed(hparams.items())), dynamic)
     assert json.loads(text) == json.loads(json.dumps(static))
+
+
+def test_the_readme_names_every_hyperparameter_and_data_set() -> None:
+    from conftest import ROOT
+
+    from hpt_torch import hparams
+    from hpt_torch.data import DATASETS
+
+    text = (ROOT / "README.md").read_text()
+    groups = ("TRAINING", "CLASSIFICATION", "REGRESSION", "RECONSTRUCTION", "AUGMENTATION", "MODEL")
+    names = {spec.name for group in groups for spec in getattr(hparams, group)} | set(DATASETS)
+    assert sorted(name for name in names if f"`{name}`" not in text) == []

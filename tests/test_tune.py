@@ -226,8 +226,9 @@ def test_the_script_in_the_readme_runs_as_printed(tmp_path: Path) -> None:
 
 def test_a_population_from_python(tmp_path: Path, data: hpt.Data) -> None:
     result = hpt.tune(
-        hpt.Classification(Net, data), {"lr": hpt.Float(1e-3, 1e-1)}, trials=6, epochs=4, sampler="random", run_dir=tmp_path / "run",
-        scheduler={"kind": "pbt", "interval_epochs": 1}, progress=False, tensorboard=False,
+        hpt.Classification(Net, data), {"lr": hpt.Float(1e-3, 1e-1)}, trials=6, epochs=4, sampler="random",
+        scheduler={"kind": "pbt", "interval_epochs": 1}, run_dir=tmp_path / "run", progress=False,
+        tensorboard=False,
     )  # fmt: skip
     assert len(result.trials) == 6
     assert any(trial.phases for trial in result.trials)

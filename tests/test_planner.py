@@ -54,7 +54,7 @@ def test_every_trial_is_in_one_chunk_of_its_own_signature(
 
 
 def test_what_decides() -> None:
-    many = "a" * 9
+    many = "a" * 3
     assert [c.engine for c in _plan("aa")] == ["fused"]
     assert [c.engine for c in _plan("aa", device="cuda")] == ["fused"]
     assert {c.engine for c in _plan(many, traits=["convolution"])} == {"loop"}
@@ -68,7 +68,13 @@ def test_what_decides() -> None:
         "cannot be mapped over members: RuntimeError: no batching rule",
     )
     assert [len(c.trials) for c in _plan("a" * 130, device="cuda")] == [43, 43, 44]
-    assert [len(c.trials) for c in _plan("a" * 40)] == [20, 20]
+    assert [len(c.trials) for c in _plan("a" * 200)] == [28, 29, 28, 29, 28, 29, 29]
+    # A round of one signature keeps several workers busy; one of many signatures does so as it is.
+    assert [len(c.trials) for c in _plan("a" * 32)] == [8, 8, 8, 8]
+    assert [len(c.trials) for c in _plan("a" * 9)] == [4, 5]
+    assert [len(c.trials) for c in _plan("a" * 4)] == [2, 2]
+    assert [len(c.trials) for c in _plan("a" * 16 + "b" * 16)] == [8, 8, 8, 8]
+    assert [len(c.trials) for c in _plan("a" * 27 + "b" * 27 + "c" * 27 + "d" * 27)] == [27] * 4
 
 
 class _FailsLate(Classification):
@@ -88,15 +94,13 @@ def test_members_that_fail_together_are_trained_one_by_one(
 ) -> None:
     _FailsLate.calls = 0
     task = _FailsLate(MLP, digits_task.data())
-    settings = ("activation=relu", "search.round_size=4", "trainer.engine=fused")
-    got = json.loads(run_quick(tmp_path / "run", *settings, task=task))
-    assert [trial["state"] for trial in got["trials"]] == ["COMPLETE"] * 4
+    settings = ("activation=relu", "search.round_size=3", "search.trials=3")
+    got = json.loads(run_quick(tmp_path / "run", *settings, "trainer.engine=fused", task=task))
+    assert [trial["state"] for trial in got["trials"]] == ["COMPLETE"] * 3
     with Record(tmp_path / "run" / "run.db", readonly=True) as record:
         (fallback,) = record.of_kind("fallback")
     assert "RuntimeError: late" in fallback.body["reason"]
-    loop = json.loads(
-        run_quick(tmp_path / "loop", "activation=relu", "search.round_size=4", "trainer.engine=loop")
-    )
+    loop = json.loads(run_quick(tmp_path / "loop", *settings, "trainer.engine=loop"))
     assert [t["weights_sha256"] for t in got["trials"]] == [t["weights_sha256"] for t in loop["trials"]]
 
 

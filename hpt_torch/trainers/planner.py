@@ -6,10 +6,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Members of one population: beyond it a further member costs as much as the one before, and on the CPU more
-# populations keep more workers busy.
+# Members of one population: beyond it a further member costs as much as the one before.
 LARGEST = {"cpu": 32}
 _LARGEST_ELSEWHERE = 64
+# On the CPU a population trains in one worker. A round of few signatures is split into so many populations,
+# of so many members where there are enough, so that more workers have something to do. (Not into as many as
+# there are workers: their number must not change a result.)
+_POPULATIONS, _ENOUGH = 4, 8
 # On the CPU vmap turns convolutions into grouped ones (half the speed of the loop), and an LSTM cannot use
 # the kernel that one member gets (three quarters of it). All else that was measured trains faster together
 # from two members on (notebooks/LOG.md).
@@ -44,7 +47,7 @@ def plan(
         groups.setdefault(signature, []).append(trial)
     chunks = []
     for trials in groups.values():
-        for part in _split(trials, 1 if engine == "loop" else LARGEST.get(device, _LARGEST_ELSEWHERE)):
+        for part in _split(trials, _largest(len(trials), len(groups), engine, device)):
             chosen, why = _choose(part, engine, device, traits, why_not)
             pieces = [part] if chosen == "fused" else [[trial] for trial in part]
             chunks += [Chunk(f"chunk-{piece[0]}", tuple(piece), chosen, why) for piece in pieces]
@@ -70,6 +73,17 @@ def _choose(
     if reason is not None:
         return "loop", f"cannot be mapped over members: {reason}"
     return "fused", "asked for" if engine == "fused" else f"{len(trials)} trials of one signature"
+
+
+def _largest(members: int, groups: int, engine: str, device: str) -> int:
+    """How many members of a group of this size train together at most, in a round of so many groups."""
+    if engine == "loop":
+        return 1
+    largest = LARGEST.get(device, _LARGEST_ELSEWHERE)
+    if device == "cpu":
+        pieces = max(min(-(-_POPULATIONS // groups), max(members // _ENOUGH, 2), members // 2), 1)
+        largest = min(largest, -(-members // pieces))
+    return largest
 
 
 def _split(trials: Sequence[int], largest: int) -> list[list[int]]:

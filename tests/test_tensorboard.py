@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from hpt_torch.observers.tensorboard import TensorBoardObserver
+from hpt_torch.observers.tensorboard import TensorBoardObserver, _is_complete
 from hpt_torch.record import Record
 
 RunQuick = Callable[..., str]
@@ -57,6 +57,12 @@ def test_after_kills_each_step_stands_once(
     switch.arm(-1, False)
     run_quick(tmp_path / "run", "trainer.epochs=3", observers=[TensorBoardObserver()])
     _check(tmp_path / "run")
+    torn = next((tmp_path / "run" / "tensorboard" / "trial-00001").iterdir())
+    torn.write_bytes(torn.read_bytes()[:-3])  # as a kill inside a write leaves it: it is made again
+    assert not _is_complete(torn.parent)
+    run_quick(tmp_path / "run", "trainer.epochs=3", observers=[TensorBoardObserver()])
+    _check(tmp_path / "run")
+    assert _is_complete(torn.parent)
     import shutil
 
     shutil.rmtree(tmp_path / "run" / "tensorboard")  # derived: deleted, they are made again

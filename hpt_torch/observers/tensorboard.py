@@ -2,7 +2,8 @@
 
 Written with TensorBoard's own record format, without a writer thread or an open file a trial. The files are
 derived from the record: the first write of a session to a trial's folder makes the folder anew, so a resumed
-run has each step once; a folder that is complete carries the marker file `complete`.
+run has each step once. A file is complete when its last record ends the trial's session (a marker file would
+cost as much as all that is written into this one).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from hpt_torch.tuner import Tuner
 from hpt_torch.types import Trial, TrialState
 
 _WRITE_EVERY_SECONDS = 2.0
-_MARKER = "complete"
 
 
 class TensorBoardObserver:
@@ -41,7 +41,7 @@ class TensorBoardObserver:
     def started(self, tuner: Tuner) -> None:
         """Writes again what a killed session left incomplete."""
         for trial in tuner.record.in_order():
-            if trial.state.is_finished and not (self._folder(tuner, trial.number) / _MARKER).exists():
+            if trial.state.is_finished and not _is_complete(self._folder(tuner, trial.number)):
                 self._write(tuner, trial)
 
     def recorded(self, tuner: Tuner, events: Sequence[Event]) -> None:
@@ -91,8 +91,18 @@ class TensorBoardObserver:
             for proto in protos:
                 writer.write(proto.SerializeToString())
         if trial.state.is_finished:
-            (folder / _MARKER).touch()
             del self._files[number], self._written[number], self._told[number]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder's one file holds whole records, of which the last ends a session."""
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    data = files[0].read_bytes() if len(files) == 1 else b""
+    at, last = 0, b""
+    while at + 16 <= len(data):  # length (8 bytes), its checksum (4), the record, its checksum (4)
+        size = int.from_bytes(data[at : at + 8], "little")
+        last, at = data[at + 12 : at + 12 + size], at + 16 + size
+    return at == len(data) and metadata.SESSION_END_INFO_TAG.encode() in last
 
 
 def _scalars(step: int, at: float, values: Iterable[tuple[str, float]]) -> EventProto:

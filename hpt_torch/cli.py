@@ -107,6 +107,10 @@ def validate(
     typer.echo(
         f"  search     {search.sampler}, {_trials(checked.recipe)} of {checked.recipe.trainer.epochs} epochs"
     )
+    from hpt_torch.recipe import pbt_of
+
+    if (pbt := pbt_of(checked.recipe)) is not None:
+        typer.echo(f"  scheduler  pbt: {pbt.exploit}, a decision every {pbt.interval_epochs} epochs")
     typer.echo(f"  dynamic    {', '.join(dynamic) or 'none'}")
     typer.echo(f"  static     {', '.join(static) or 'none'}")
 

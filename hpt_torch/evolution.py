@@ -141,7 +141,8 @@ class Evolution:
             ]
             plan = [dataclasses.asdict(chunk) for chunk in chunks]
             self.tuner.commit(Event(kind="plan", body={"generation": self.generation, "chunks": plan}))
-            self.tuner.tell_plan(chunks)
+            if self.generation == 0:
+                self.tuner.tell_plan(chunks)
         wanted, found = {self.trials[i] for i in members}, []
         for chunk in chunks:
             trials = tuple(number for number in chunk.trials if number in wanted)

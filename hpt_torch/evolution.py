@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpt_torch import checkpoint
 from hpt_torch.executors import Boundary, Segment
@@ -21,7 +21,7 @@ from hpt_torch.record import Event, finish_event
 from hpt_torch.schedulers import PBT, Member
 from hpt_torch.schedulers.lineage import phase_at, scores
 from hpt_torch.trainers.planner import Chunk
-from hpt_torch.types import DamageError, Exploit, HParams, InfeasibleError, TrialState
+from hpt_torch.types import DamageError, HParams, InfeasibleError, TrialState
 
 if TYPE_CHECKING:
     from hpt_torch.tuner import Tuner
@@ -195,12 +195,8 @@ class Evolution:
     def _decide(self, epoch: int) -> None:
         """Records the next generation's exploits, or finds them recorded, and then makes the copies."""
         following = self.generation + 1
-        found = [e.body for e in self.record.of_kind("generation") if e.body["generation"] == following]
-        events: list[Event] = []
-        if found:
-            named = ("target", "source", "hparams")
-            exploits = [Exploit(**{name: copy[name] for name in named}) for copy in found[0]["exploits"]]
-        else:
+        copies = self._recorded(following)
+        if copies is None:
             exploits = self.pbt.decide(
                 self._members(epoch),
                 objective=self.tuner.objective,
@@ -210,15 +206,19 @@ class Evolution:
             )
             copies = [{**dataclasses.asdict(e), "signature": self._signature(e.hparams)} for e in exploits]
             body = {"generation": following, "epoch": epoch, "exploits": copies}
-            events.append(Event(kind="generation", body=body))
+            self.tuner.commit(Event(kind="generation", body=body))
         positions = {number: i for i, number in enumerate(self.trials)}
-        self.population.copy_members({positions[e.target]: positions[e.source] for e in exploits})
+        self.population.copy_members({positions[c["target"]]: positions[c["source"]] for c in copies})
         self.generation = following
-        if self._save_due():
-            events.append(self._save())
-        self.tuner.commit(*events)
         self.population.hparams = self._all_hparams()
-        self.tuner.drop_old_states(POPULATION)
+        if self._save_due():
+            self.tuner.commit(self._save())
+            self.tuner.drop_old_states(POPULATION)
+
+    def _recorded(self, generation: int) -> list[dict[str, Any]] | None:
+        """The exploits with which this generation began, or None where it is not decided yet."""
+        decided = {e.body["generation"]: e.body["exploits"] for e in self.record.of_kind("generation")}
+        return decided.get(generation)
 
     def _signature(self, hparams: HParams) -> str:
         return signature({**self.tuner.fixed, **hparams}, self.tuner.trainer.dynamic)

@@ -57,7 +57,7 @@ class _Restart:
 
 
 class ProcessExecutor:
-    """`workers` processes; `started` at the first run, or by `start` before other threads exist."""
+    """`workers` processes, started at the first run, or by `start` before other threads exist."""
 
     def __init__(self, training: Training, workers: int) -> None:
         self.training, self.count = training, workers

@@ -10,7 +10,8 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,21 @@ def torch_seeded(seed: int, *path: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *path))
         yield
+
+
+def torch_bookmark(devices: Iterable[Any] = ()) -> Callable[[], None]:
+    """A function that puts torch's global generators, of the CPU and of CUDA `devices`, back to where they
+    are now, so that the same numbers are drawn again."""
+    import torch
+
+    cpu, others = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    def go_back() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in others:
+            torch.cuda.set_rng_state(state, device)
+
+    return go_back
 
 
 @contextlib.contextmanager

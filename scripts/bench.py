@@ -168,6 +168,7 @@ def throughput(
         )
         population = trainer.init([0], [hparams])
         member = Member(trainer, population, 0)
+        member.steps_left = repeats * rows // batch_size
         model = plain()
         optimizer = torch.optim.Adam(model.parameters())
         loader = DataLoader(

@@ -11,9 +11,11 @@ from test_trainers_fused import CASES, CPU, _same_bits, _task, _train, _varied, 
 from torch import Tensor, nn
 
 from hpt_torch.tasks import Classification
-from hpt_torch.trainers import fused
+from hpt_torch.trainers import programs, traced
 from hpt_torch.trainers.fused import FusedTrainer
-from hpt_torch.trainers.traced import Program
+from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.trainers.programs import Program
+from hpt_torch.trainers.traced import trace
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -23,20 +25,130 @@ def test_traced_steps_give_the_bits_of_mapped_ones(name: str, monkeypatch: pytes
     task = _task(name)
     values = _varied(task, name, 5, ema=True, accumulation_steps=2, optimizer="adamw")
     trials = list(range(5))
-    monkeypatch.setattr(fused, "_TRACE_FROM", 10**9)
+    monkeypatch.setattr(programs, "TRACE_FROM", 10**9)
     mapped, _, _ = _train(FusedTrainer, task, trials, values, torch.float32)
-    monkeypatch.setattr(fused, "_TRACE_FROM", 0)
-    traced, _, trainer = _train(FusedTrainer, task, trials, values, torch.float32)
-    assert isinstance(trainer, FusedTrainer)
-    assert trainer.programs("step")
-    assert trainer.programs("evaluate")
-    assert all(program.traced for what in ("step", "evaluate") for program in trainer.programs(what))
-    assert all(_same_bits(mapped, i, traced, i) for i in trials)
+    monkeypatch.setattr(programs, "TRACE_FROM", 0)
+    replayed, _, trainer = _train(FusedTrainer, task, trials, values, torch.float32)
+    assert trainer.programs.of("step")
+    assert trainer.programs.of("evaluate")
+    assert all(program.traced for what in ("step", "evaluate") for program in trainer.programs.of(what))
+    assert all(_same_bits(mapped, i, replayed, i) for i in trials)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traced_steps_of_the_loop_give_the_bits_of_plain_autograd(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = _task(name)
+    values = _varied(task, name, 2, ema=True, accumulation_steps=2, optimizer="adamw")
+    monkeypatch.setattr(programs, "TRACE_FROM", 10**9)
+    plain, reports, _ = _train(LoopTrainer, task, [0, 1], values, torch.float32)
+    monkeypatch.setattr(programs, "TRACE_FROM", 0)
+    replayed, same, trainer = _train(LoopTrainer, task, [0, 1], values, torch.float32)
+    assert trainer.module_programs.of("step")
+    assert all(program.traced for program in trainer.module_programs.of("step"))
+    assert all(_same_bits(plain, i, replayed, i) for i in (0, 1))
+    assert same == reports
+    assert [len(reports[i]) for i in (0, 1)] == [3, 3]
+
+
+class _Branching(nn.Module):
+    """Whether it negates depends on its input: what was recorded for one batch is wrong for another."""
+
+    def __init__(self, input_shape: tuple[int, ...], out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(*input_shape, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return -y if x.mean() > 0 else y
+
+
+class _Drawing(_Branching):
+    """Draws random numbers of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x + 0.1 * torch.randn_like(x))
+        return y
+
+
+class _Remembering(_Branching):
+    """Changes what it does when it has been called often."""
+
+    def __init__(self, input_shape: tuple[int, ...], out_features: int) -> None:
+        super().__init__(input_shape, out_features)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        y: Tensor = self.linear(x) * (2.0 if self.calls > 20 else 1.0)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "is_traced"), [(_Branching, False), (_Remembering, False), (_Drawing, True)]
+)
+def test_the_loop_traces_only_what_stays_the_same(
+    model: type[nn.Module], is_traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Classification(model, CASES["mlp"][2]())
+    defaults = {n: spec.default for n, spec in task.hparam_specs().items()}
+    values = [defaults | {"batch_size": 16, "accumulation_steps": 2}]
+    monkeypatch.setattr(programs, "TRACE_FROM", 10**9)
+    plain, _, _ = _train(LoopTrainer, task, [0], values, torch.float32, epochs=5)
+    monkeypatch.setattr(programs, "TRACE_FROM", 0)
+    replayed, reports, trainer = _train(LoopTrainer, task, [0], values, torch.float32, epochs=5)
+    assert len(reports[0]) == 5
+    assert [program.traced for program in trainer.module_programs.of("step")] == [is_traced]
+    assert _same_bits(plain, 0, replayed, 0)
+
+
+def test_where_tracing_needs_too_much_memory_the_function_runs_itself() -> None:
+    attempts = []
+
+    def function(params: Tensor, buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        buffers["mean"].add_(x.mean())
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("simulated")
+        return params * x
+
+    program, x, buffers = Program(), torch.ones(3), {"mean": torch.zeros(())}
+    for step in range(1, 4):
+        assert torch.equal(program(function, x, buffers, x), x)
+        assert float(buffers["mean"]) == step
+    assert not program.traced
+
+
+def test_rows_and_views_that_are_taken_often_are_taken_once() -> None:
+    calls = []
+
+    def function(x: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        total = x.new_zeros(4)
+        for t in range(5):
+            total = total + x[t] * x[t] + x[:, 1:][t, 0]
+        buffers["last"].copy_(x[4])
+        return total
+
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+    kept = traced._written_out
+    try:
+        traced._written_out = lambda c, *rest: calls.extend(c) or kept(c, *rest)  # type: ignore
+        run, returned = trace(function, x, {"last": torch.zeros(4)})
+    finally:
+        traced._written_out = kept
+    assert torch.equal(returned, function(x, {"last": torch.zeros(4)}))
+    buffers, plain = {"last": torch.zeros(4)}, {"last": torch.zeros(4)}
+    assert torch.equal(run(y, buffers), function(y, plain))
+    assert torch.equal(buffers["last"], plain["last"])
+    names = [call.op.__name__ for call in calls]
+    assert names.count("unbind.int") == 2
+    assert names.count("slice.Tensor") == 1
 
 
 def test_a_program_serves_other_members_and_other_hyperparameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second program for a second group of the same signature, size and batch."""
-    monkeypatch.setattr(fused, "_TRACE_FROM", 0)
+    monkeypatch.setattr(programs, "TRACE_FROM", 0)
     task = _task("mlp")
     values = _varied(task, "mlp", 8, dropout=0.2)
     data = task.data().to(CPU, torch.float32)
@@ -46,7 +158,7 @@ def test_a_program_serves_other_members_and_other_hyperparameters(monkeypatch: p
         trainer.train(population, 2, should_pause=never)
         fresh, _, _ = _train(FusedTrainer, task, trials, [values[i] for i in trials], torch.float32, epochs=2)
         assert all(_same_bits(population, i, fresh, i) for i in range(4))
-    assert len(trainer.programs("step")) == 1
+    assert len(trainer.programs.of("step")) == 1
 
 
 class _Counting(Classification):
@@ -60,12 +172,11 @@ class _Counting(Classification):
 
 
 def test_code_that_changes_between_calls_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_TRACE_FROM", 0)
+    monkeypatch.setattr(programs, "TRACE_FROM", 0)
     _, model, data, _ = CASES["mlp"]
     task = _Counting(model, data())
     _, _, trainer = _train(FusedTrainer, task, [0, 1], _varied(task, "mlp", 2))
-    assert isinstance(trainer, FusedTrainer)
-    assert [program.traced for program in trainer.programs("step")] == [False]
+    assert [program.traced for program in trainer.programs.of("step")] == [False]
     assert task.calls > 10  # it was called at every step
 
 

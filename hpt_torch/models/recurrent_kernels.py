@@ -28,41 +28,42 @@ class GRULayer(torch.autograd.Function):
         size = weight_hh.shape[1]
         h_TBH = x_TBG.new_zeros(steps + 1, batch, size)  # state 0, then the state after each step
         gates_TBG = x_TBG.new_empty(steps, batch, 2 * size)
-        new_TBH, hidden_new_TBH = (x_TBG.new_empty(steps, batch, size) for _ in range(2))
+        new_TBH = x_TBG.new_empty(steps, batch, size)
+        hidden_TBG = torch.empty_like(x_TBG)  # the projected state of the step before
         weight_t = weight_hh.t()
-        projected = x_TBG.new_empty(batch, 3 * size)
         for t in range(steps):
-            torch.addmm(bias_hh, h_TBH[t], weight_t, out=projected)
-            torch.add(x_TBG[t, :, : 2 * size], projected[:, : 2 * size], out=gates_TBG[t])
+            hidden = torch.addmm(bias_hh, h_TBH[t], weight_t, out=hidden_TBG[t])
+            torch.add(x_TBG[t, :, : 2 * size], hidden[:, : 2 * size], out=gates_TBG[t])
             reset, update = gates_TBG[t].sigmoid_().chunk(2, 1)
-            hidden_new_TBH[t] = projected[:, 2 * size :]
-            torch.addcmul(x_TBG[t, :, 2 * size :], reset, hidden_new_TBH[t], out=new_TBH[t])
+            torch.addcmul(x_TBG[t, :, 2 * size :], reset, hidden[:, 2 * size :], out=new_TBH[t])
             torch.lerp(new_TBH[t].tanh_(), h_TBH[t], update, out=h_TBH[t + 1])
-        ctx.save_for_backward(weight_hh, h_TBH, gates_TBG, new_TBH, hidden_new_TBH)
+        ctx.save_for_backward(weight_hh, h_TBH, gates_TBG, new_TBH, hidden_TBG)
         return h_TBH[1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight_hh, h_TBH, gates_TBG, new_TBH, hidden_new_TBH = ctx.saved_tensors
+        weight_hh, h_TBH, gates_TBG, new_TBH, hidden_TBG = ctx.saved_tensors
         steps, batch, size = new_TBH.shape
         reset_TBH, update_TBH = gates_TBG.chunk(2, 2)
-        # What does not depend on the gradient of the state, for all steps at once.
-        to_new = (1 - update_TBH) * (1 - new_TBH.square())
-        to_update = (h_TBH[:-1] - new_TBH) * update_TBH * (1 - update_TBH)
-        to_reset = hidden_new_TBH * reset_TBH * (1 - reset_TBH)
-        by_x_TBG = new_TBH.new_empty(steps, batch, 3 * size)
-        by_h_TBG = torch.empty_like(by_x_TBG)
+        # Every gate's gradient is that of the state times something which is known for all steps at once: of
+        # the new state by x, of reset, of update, of the new state by h. The first three are what x gets, the
+        # last three, in torch's order, what h gets.
+        factor_TB4H = new_TBH.new_empty(steps, batch, 4, size)
+        by_new, by_reset, by_update, by_hidden_new = factor_TB4H.unbind(2)
+        torch.mul(1 - update_TBH, 1 - new_TBH.square(), out=by_new)
+        torch.mul(by_new, reset_TBH, out=by_hidden_new)
+        torch.mul(by_hidden_new, hidden_TBG[..., 2 * size :] * (1 - reset_TBH), out=by_reset)
+        torch.mul(h_TBH[:-1] - new_TBH, update_TBH * (1 - update_TBH), out=by_update)
+        grads_TB4H = torch.empty_like(factor_TB4H)
+        grads_TBG = grads_TB4H.flatten(2)
         state = torch.zeros_like(new_TBH[0])
         for t in range(steps - 1, -1, -1):
             state += grad_TBH[t]
-            new = torch.mul(state, to_new[t], out=by_x_TBG[t, :, 2 * size :])
-            torch.mul(new, to_reset[t], out=by_x_TBG[t, :, :size])
-            torch.mul(state, to_update[t], out=by_x_TBG[t, :, size : 2 * size])
-            by_h_TBG[t, :, : 2 * size] = by_x_TBG[t, :, : 2 * size]
-            torch.mul(new, reset_TBH[t], out=by_h_TBG[t, :, 2 * size :])
-            state = torch.addmm(state * update_TBH[t], by_h_TBG[t], weight_hh)
-        flat = by_h_TBG.view(steps * batch, -1)
+            torch.mul(state.unsqueeze(1), factor_TB4H[t], out=grads_TB4H[t])
+            state = (state * update_TBH[t]).addmm_(grads_TBG[t, :, size:], weight_hh)
+        by_x_TBG = torch.cat((grads_TBG[..., size : 3 * size], grads_TBG[..., :size]), 2)
+        flat = grads_TBG.flatten(0, 1)[:, size:]
         return by_x_TBG, flat.t() @ h_TBH[:-1].reshape(steps * batch, size), flat.sum(0)
 
 

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
-
-from torch import Tensor
 
 from hpt_torch.data import Rows
 from hpt_torch.population import Population
@@ -21,36 +17,11 @@ from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.stack import Stack
-from hpt_torch.trainers.traced import Program, untraced
 from hpt_torch.types import Report
-
-_TRACE_FROM = 8  # steps that are left: tracing and its check cost as much as two mapped ones
-_MOST_PROGRAMS = 64
 
 
 class FusedTrainer(LoopTrainer):
     """Trains the members of a population together. They share their signature, epoch and batch."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._programs: dict[tuple[Hashable, ...], Program] = {}
-
-    def programs(self, what: str) -> list[Program]:
-        """The programs of "step" or "evaluate" that are kept."""
-        return [program for key, program in self._programs.items() if key[0] == what]
-
-    def program(self, stack: Stack, what: str, batch: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """What runs the stack's function `what` on a batch of this shape: traced where that pays, to the same
-        bits."""
-        shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items())
-        key = what, stack.program_key, shapes
-        if key not in self._programs:
-            if stack.steps_left < _TRACE_FROM:
-                return untraced
-            if len(self._programs) == _MOST_PROGRAMS:
-                self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = Program()
-        return self._programs[key]
 
     def train(self, population: Population, until_epoch: int, *, should_pause: ShouldPause) -> SegmentResult:
         """Trains every active member until it has `until_epoch` epochs, or until `should_pause()`."""

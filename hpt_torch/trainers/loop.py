@@ -19,6 +19,7 @@ from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
 from hpt_torch.trainers.member import Member
+from hpt_torch.trainers.programs import Programs
 from hpt_torch.types import HParams, InfeasibleError, Objective, Report
 
 
@@ -49,6 +50,7 @@ class LoopTrainer:
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
         self._channels_last = any(t.dim() == 4 for t in data.train.first().values())
+        self.programs = Programs()
         self._module: tuple[int, HParams, nn.Module] | None = None
 
     def close(self) -> None:
@@ -77,6 +79,7 @@ class LoopTrainer:
         """The trial's module to train in; its tensors hold whatever they held last."""
         if self._module is None or self._module[:2] != (trial, hparams):
             self._module = trial, dict(hparams), self.build(hparams, trial)
+            self.module_programs = Programs()
         return self._module[2].train()
 
     def init(self, trials: Sequence[int], hparams: Sequence[HParams]) -> Population:
@@ -147,7 +150,7 @@ class LoopTrainer:
         for i in range(len(population)):
             while population.active[i] and population.epoch[i] < until_epoch and not result.paused:
                 try:
-                    self._train_epoch(population, i, result, should_pause)
+                    self._train_epoch(population, i, until_epoch, result, should_pause)
                 except (Exception, SystemExit):  # user code; the traceback is the trial's reason
                     self._fail(population, i, result, traceback.format_exc(limit=-8))
         return result
@@ -157,13 +160,19 @@ class LoopTrainer:
         result.failed[population.trials[i]] = reason
 
     def _train_epoch(
-        self, population: Population, i: int, result: SegmentResult, should_pause: ShouldPause
+        self,
+        population: Population,
+        i: int,
+        until_epoch: int,
+        result: SegmentResult,
+        should_pause: ShouldPause,
     ) -> None:
         started = time.perf_counter()
         member = Member(self, population, i)
         order = self.order.epoch(population.epoch[i])
         size = min(int(member.h["batch_size"]), len(order))
         batches = self.order.batches(size)
+        member.steps_left = (until_epoch - population.epoch[i]) * batches
         factors = member.lr_factors(batches)
         rows = self.data.train.batches(order[: batches * size], size, population.batch[i])
         for index, batch in rows:

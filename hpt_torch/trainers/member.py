@@ -13,6 +13,7 @@ from hpt_torch import lr_schedules, optim
 from hpt_torch.models.layers import set_noise, stateless_layers
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
+from hpt_torch.trainers.programs import shapes
 
 if TYPE_CHECKING:
     from hpt_torch.trainers.loop import LoopTrainer
@@ -44,6 +45,12 @@ class Member:
         self.noisy = stateless_layers(self.model)
         self.noise = base.noise_seed(trainer.seed, population.epoch[i])
         self._cuda = trainer.device.type == "cuda"
+        self.steps_left = 0  # with these hyperparameters, this epoch's included: whether tracing pays
+        self.buffers = dict(self.model.named_buffers())
+        self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
+        fixed = {n: t for n, t in {**self.buffers, **self.h_tensors}.items() if _leaf(n) in trainer.dynamic}
+        self.constants = list(fixed.values())
+        self.watched = [trainer.task, *self.model.modules()]
 
     def _read_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Hyperparameters as the step reads them: floats for kernels, tensors for the task's loss."""
@@ -127,23 +134,38 @@ class Member:
 
     def _gradients(self, batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of the batch, in one piece or added up over its parts."""
-        task, rows = self.trainer.task, len(next(iter(batch.values())))
+        rows = len(next(iter(batch.values())))
         parts = min(int(self.h["accumulation_steps"]), rows)
+        if parts == 1:
+            return self._differentiate(batch)
         loss, grads = torch.zeros((), device=self.trainer.device), None
         for part in range(parts):
             start, stop = rows * part // parts, rows * (part + 1) // parts
             if part:
                 self._set_noise(base.batch_key(self.noise, index, part))
-            piece = batch if parts == 1 else {name: tensor[start:stop] for name, tensor in batch.items()}
-            with base.cast(self.trainer.probe, self.trainer.autocast):
-                share = task.loss(self.model, piece, self.tensors)
-            if parts > 1:
-                share = share * ((stop - start) / rows)
-            new = torch.autograd.grad(share, self.params, allow_unused=True, materialize_grads=True)
-            grads = list(new) if grads is None else list(torch._foreach_add(grads, list(new)))
-            loss = share.detach() if parts == 1 else loss + share.detach()
+            piece = {name: tensor[start:stop] for name, tensor in batch.items()}
+            share, new = self._differentiate(piece)
+            weight = (stop - start) / rows
+            new = list(torch._foreach_mul(new, weight))
+            grads = new if grads is None else list(torch._foreach_add(grads, new))
+            loss = loss + share * weight
         assert grads is not None
         return loss, grads
+
+    def _differentiate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of these rows."""
+        run = self.trainer.module_programs.get(
+            ("step", shapes(batch)), self.steps_left, constants=self.constants, watched=self.watched
+        )
+        loss, grads = run(self._plain, self.learned, self.buffers, self.h_tensors, batch)
+        return loss, list(grads)
+
+    def _plain(self, params: Any, buffers: Any, h_tensors: Any, batch: Mapping[str, Tensor]) -> Any:
+        """`_differentiate`, with plain autograd. The arguments are the model's own tensors and `tensors`."""
+        with base.cast(self.trainer.probe, self.trainer.autocast):
+            loss = self.trainer.task.loss(self.model, batch, self.tensors)
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        return loss.detach(), grads
 
     # -- between steps ---------------------------------------------------------------------------------
 
@@ -184,3 +206,7 @@ class Member:
             self.views["sums"][name].copy_(tensor if batch else torch.zeros_like(tensor))
         self.population.step[self.i] = self.steps
         self.population.batch[self.i] = batch
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from hpt_torch.population import Population
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.gradients import grad_and_value
+from hpt_torch.trainers.programs import shapes
 
 if TYPE_CHECKING:
     from hpt_torch.trainers.fused import FusedTrainer
@@ -188,9 +189,14 @@ class Stack:
 
     def _map(self, batch: Mapping[str, Tensor], keys_L: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(gradients (P, *shape), losses (P,)) of every member on these rows."""
-        run = self.trainer.program(self, "step", batch)
+        run = self._program("step", batch)
         grads, losses_P = run(self.mapped, self.params, self.buffers, self.h, keys_L, dict(batch))
         return grads, losses_P
+
+    def _program(self, what: str, batch: Mapping[str, Tensor]) -> Callable[..., Any]:
+        key = what, self.program_key, shapes(batch)
+        watched = self.trainer.task, *self.module.modules()
+        return self.trainer.programs.get(key, self.steps_left, watched=watched)
 
     def mapped(
         self,
@@ -280,7 +286,7 @@ class Stack:
         totals: dict[str, list[Tensor]] = {}
         mapped = vmap(sums, in_dims=(0, 0, None), randomness="error")
         for _, part in rows.batches(None, base.EVALUATION_BATCH):
-            run = self.trainer.program(self, "evaluate", part)
+            run = self._program("evaluate", part)
             for name, value in run(mapped, weights, fixed, dict(part)).items():
                 totals.setdefault(name, []).append(value)
         self.module.train()

@@ -1,8 +1,9 @@
-"""A mapped function as one flat program of tensor operations, without what vmap and autograd cost a call.
+"""A function of tensors as one flat program of operations, without what vmap and autograd cost a call.
 
 `trace` runs the function once and keeps what reached the kernels: the same operations on the same operands,
 so the results are the same bits. Python code in the function ran once, at trace time: whatever it depends on
-besides the tensors belongs into the key under which the program is kept.
+besides the tensors belongs into the key under which the program is kept. What branches on the values of
+tensors is not traced.
 
 (torch's own `make_fx` does this too, at twenty times the price: it imports torch.compile's modules and
 carries symbolic shapes.)
@@ -10,7 +11,7 @@ carries symbolic shapes.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,48 +25,7 @@ _aten = torch.ops.aten
 # number in the code.
 _BLANKS = frozenset({_aten.zeros_like.default, _aten.ones_like.default, _aten.new_zeros.default})
 _LITERALS = frozenset({_aten.lift_fresh.default, _aten.lift_fresh_copy.default})
-
-
-class Program:
-    """Runs a mapped function ``(params, buffers, *rest)``, which writes into `buffers`: traced at the first
-    call, compared with the function itself at the second.
-
-    Code that changes what it does between calls (a counter in a user's loss) shows there, and is never traced
-    again; code that branches on the values of tensors cannot be mapped in the first place.
-    """
-
-    def __init__(self) -> None:
-        self._run: Callable[..., Any] | None = None
-        self._calls = 0
-
-    @property
-    def traced(self) -> bool:
-        return self._run is not None
-
-    def __call__(
-        self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
-    ) -> Any:
-        self._calls += 1
-        if self._calls == 1:
-            self._run, outputs = trace(function, params, buffers, *rest)
-            return outputs
-        if self._calls > 2 or self._run is None:
-            return (self._run or function)(params, buffers, *rest)
-        scratch = {name: tensor.clone() for name, tensor in buffers.items()}
-        found = self._run(params, scratch, *rest)
-        expected = function(params, buffers, *rest)
-        if not _same((found, scratch), (expected, buffers)):
-            self._run = None
-        return expected
-
-
-def untraced(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _same(a: Any, b: Any) -> bool:
-    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    return all(torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in pairs)
+_MANY_ROWS = 3  # from as many on, `unbind` is cheaper than `select` for each
 
 
 @dataclass
@@ -81,7 +41,8 @@ class _Call:
 def _record(mode: _Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     result = func(*args, **(kwargs or {}))
     single = not isinstance(result, (tuple, list))
-    mode.calls.append(_Call(func, (args, kwargs or {}), [result] if single else list(result), single))
+    call = _Call(func, mode.known((args, kwargs or {})), [result] if single else list(result), single)
+    mode.add(call)
     return result
 
 
@@ -95,26 +56,72 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     __torch_dispatch__ = _record
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
+        self._seen: dict[int, Tensor] = {}
+        self._by_memory: dict[Hashable, Tensor] = {}
+        for tensor in inputs:
+            self._see(tensor)
+
+    def _see(self, tensor: Tensor) -> None:
+        self._seen[id(tensor)] = tensor
+        self._by_memory.setdefault(_memory(tensor), tensor)
+
+    def add(self, call: _Call) -> None:
+        self.calls.append(call)
+        for tensor in _tensors(call.outputs):
+            self._see(tensor)
+
+    def known(self, value: Any) -> Any:
+        """The value with tensors as they were seen first. (What autograd saved of an operation's output comes
+        back as another object over the same memory, which is still in use, since we hold it.)"""
+        return tree_map(lambda leaf: self._known(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        return tensor if id(tensor) in self._seen else self._by_memory.get(_memory(tensor), tensor)
 
 
-def trace(function: Callable[..., Any], *arguments: Tensor | dict[str, Tensor]) -> tuple[Any, Any]:
-    """(the function's program for arguments of these shapes, what it returned for these arguments)."""
-    with _Recorder() as recorder:
-        returned = function(*arguments)
-    results, spec = tree_flatten(returned)
-    calls, results = _without_idle_views(recorder.calls, results)
+def _memory(tensor: Tensor) -> Hashable:
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr(), *_layout(tensor)
+
+
+def trace(
+    function: Callable[..., Any],
+    *arguments: Tensor | dict[str, Tensor],
+    constants: Iterable[Tensor] = (),
+) -> tuple[Any, Any]:
+    """(the function's program for arguments of these shapes, what it returned for these arguments).
+
+    The program is None where the function reads the values of other tensors than `constants`.
+    """
     inputs = _flat(arguments)
-    constants = _constants(calls, inputs)
-    calls = _needed(calls, results, constants)
+    with _Recorder(inputs) as recorder:
+        returned = function(*arguments)
+    if _branches(recorder.calls, {id(tensor) for tensor in constants}):
+        return None, returned
+    results, spec = tree_flatten(recorder.known(returned))
+    calls, results = _without_idle_views(recorder.calls, results)
+    calls, results = _with_shared_views(calls, results)
+    calls = _needed(calls, results, _constants(calls, inputs))
     run = _written_out(calls, inputs, results)
 
     def program(*arguments: Tensor | dict[str, Tensor]) -> Any:
         return tree_unflatten(run(*_flat(arguments)), spec)
 
     return program, returned
+
+
+def _branches(calls: Sequence[_Call], constants: set[int]) -> bool:
+    """Whether what comes next may depend on the values of tensors, other than of `constants`."""
+    telling = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return any(
+        telling.intersection(call.op.tags)
+        and not all(id(tensor) in constants for tensor in _tensors(call.arguments))
+        for call in calls
+    )
 
 
 def _flat(arguments: Sequence[Tensor | dict[str, Tensor]]) -> list[Tensor]:
@@ -148,6 +155,47 @@ def _without_idle_views(calls: Sequence[_Call], results: list[Any]) -> tuple[lis
                 source = seen_through.get(id(source))
             if source is not None:
                 same[id(view)] = source
+                continue
+        kept.append(call)
+    return kept, shown(results)
+
+
+def _with_shared_views(calls: Sequence[_Call], results: Any) -> tuple[list[_Call], list[Any]]:
+    """Views that are taken more than once are taken once, and the rows of a tensor all in one call."""
+    first: dict[Hashable, Tensor] = {}  # by operation and operands
+    same: dict[int, Tensor] = {}  # by a view's id: the first of its kind
+    rows: dict[Hashable, dict[int, Tensor]] = {}  # by source and dimension: the rows that are selected
+
+    def shown(value: Any) -> Any:
+        return tree_map(lambda leaf: same.get(id(leaf), leaf), value)
+
+    once = []
+    for call in calls:
+        call.arguments = args, kwargs = shown(call.arguments)
+        if call.single and call.op.is_view:
+            if call.op is _aten.select.int:
+                source, dim, index = args
+                args = source, dim % source.dim(), index % source.shape[dim]
+                call.arguments = args, {}
+            parts = (id(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves((args, kwargs)))
+            known = first.setdefault((call.op, len(args), *parts), call.outputs[0])
+            if known is not call.outputs[0]:
+                same[id(call.outputs[0])] = known
+                continue
+            if call.op is _aten.select.int:
+                rows.setdefault((id(args[0]), args[1]), {})[args[2]] = known
+        once.append(call)
+    kept = []
+    for call in once:
+        if call.op is _aten.select.int:
+            source, dim, _ = call.arguments[0]
+            selected = rows.get((id(source), dim), {})
+            if len(selected) >= _MANY_ROWS:
+                every = [selected.get(i, row) for i, row in enumerate(source.unbind(dim))]
+                kept.append(_Call(_aten.unbind.int, ((source, dim), {}), every, single=False))
+                selected.clear()
+                continue
+            if not selected:
                 continue
         kept.append(call)
     return kept, shown(results)
@@ -215,7 +263,7 @@ def _written_out(
     def text(value: Any) -> str:
         if isinstance(value, Tensor):
             if id(value) not in names:
-                names[id(value)] = constant(value)
+                names[id(value)] = constant(value.detach())  # the gradients are among the operations
             return names[id(value)]
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(text, value))}]"

@@ -1,0 +1,129 @@
+"""Programs: traced functions, kept by what they depend on, and checked before they are relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hpt_torch.seeding import torch_bookmark
+from hpt_torch.trainers.traced import trace
+
+TRACE_FROM = 8  # calls that are left: tracing and its check cost as much as two of them
+_MOST_PROGRAMS = 64
+
+
+class Programs:
+    """The programs of a trainer, by what they depend on."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Hashable, ...], Program] = {}
+
+    def of(self, what: str) -> list[Program]:
+        """The programs that are kept, of keys that begin with `what`."""
+        return [program for key, program in self._kept.items() if key[0] == what]
+
+    def get(
+        self,
+        key: tuple[Hashable, ...],
+        calls_left: int,
+        *,
+        constants: Iterable[Tensor] = (),
+        watched: Iterable[object] = (),
+    ) -> Callable[..., Any]:
+        """What runs a function (the first argument) under this key: traced where that pays, to the same
+        bits. constants, watched: as `Program` has them."""
+        if key not in self._kept:
+            if calls_left < TRACE_FROM:
+                return _untraced
+            if len(self._kept) == _MOST_PROGRAMS:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = Program(constants, watched)
+        return self._kept[key]
+
+
+def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def shapes(batch: Mapping[str, Tensor]) -> Hashable:
+    """What of a batch a program depends on."""
+    return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items())
+
+
+class Program:
+    """Runs a function ``(params, buffers, *rest)``, which writes into `buffers`: traced at the first call,
+    compared with the function itself at the second.
+
+    Code that changes what it does between calls shows there, and is never traced again.
+
+    constants: tensors of which the function may read the values. watched: objects, such as a user's module,
+    in which the function must not change a number, as one that counts its calls does.
+    """
+
+    def __init__(self, constants: Iterable[Tensor] = (), watched: Iterable[object] = ()) -> None:
+        self._run: Callable[..., Any] | None = None
+        self._calls = 0
+        self._constants, self._watched = list(constants), list(watched)
+
+    @property
+    def traced(self) -> bool:
+        return self._run is not None
+
+    def __call__(
+        self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
+    ) -> Any:
+        self._calls += 1
+        if self._calls == 1:
+            return self._trace(function, params, buffers, *rest)
+        if self._calls > 2 or self._run is None:
+            return (self._run or function)(params, buffers, *rest)
+        scratch = _copies(buffers)
+        repeat_draws = torch_bookmark(_devices(params))
+        found = self._run(params, scratch, *rest)
+        repeat_draws()
+        expected = function(params, buffers, *rest)
+        if not _same((found, scratch), (expected, buffers)):
+            self._run = None
+        return expected
+
+    def _trace(
+        self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
+    ) -> Any:
+        saved, before = _copies(buffers), _plain(self._watched)
+        repeat_draws = torch_bookmark(_devices(params))
+        try:
+            run, outputs = trace(function, params, buffers, *rest, constants=self._constants)
+        except (torch.OutOfMemoryError, MemoryError):  # tracing holds on to everything that is computed
+            repeat_draws()
+            for name, tensor in saved.items():
+                buffers[name].copy_(tensor)
+            return function(params, buffers, *rest)
+        self._run = run if _plain(self._watched) == before else None
+        return outputs
+
+
+def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in buffers.items()}
+
+
+def _plain(watched: Iterable[object]) -> list[dict[str, Any]]:
+    """The objects' attributes that are numbers and the like."""
+    kinds = (bool, int, float, str, tuple, type(None))
+    return [
+        {name: value for name, value in vars(one).items() if isinstance(value, kinds)}
+        for one in watched
+        if hasattr(one, "__dict__")
+    ]
+
+
+def _devices(tensors: Any) -> list[torch.device]:
+    return list({tensor.device for tensor in tree_leaves(tensors) if tensor.is_cuda})
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in pairs)

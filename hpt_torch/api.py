@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpt_torch import baselines, session
 from hpt_torch import recipe as recipes
-from hpt_torch import session
 from hpt_torch.observers.progress import ProgressObserver
 from hpt_torch.observers.tensorboard import TensorBoardObserver
 from hpt_torch.result import Result
@@ -78,7 +78,7 @@ def tune(
     observers: list[Any] = [ProgressObserver()] if progress else []
     observers += [TensorBoardObserver()] if tensorboard else []
     try:
-        session.run(
+        baselines.run(
             checked,
             path,
             observers=observers,

@@ -1,9 +1,10 @@
-"""The command line: hpt run | validate | report | list."""
+"""The command line: hpt run | validate | report | replay | list."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +49,7 @@ def run(
 ) -> None:
     """Tunes what RECIPE describes. Run again with the same command, it goes on where it was."""
     checked = _checked(recipe, overrides or [], allow_import or [])
-    from hpt_torch import session
+    from hpt_torch import baselines, session
     from hpt_torch.observers.progress import ProgressObserver
     from hpt_torch.observers.tensorboard import TensorBoardObserver
     from hpt_torch.report.terminal import print_report
@@ -59,7 +60,7 @@ def run(
     if checked.recipe.run.tensorboard:
         observers.append(TensorBoardObserver())
     try:
-        session.run(
+        baselines.run(
             checked,
             path,
             observers=observers,
@@ -107,10 +108,14 @@ def validate(
     typer.echo(
         f"  search     {search.sampler}, {_trials(checked.recipe)} of {checked.recipe.trainer.epochs} epochs"
     )
-    from hpt_torch.recipe import pbt_of
+    from hpt_torch.recipe import scheduler_of
+    from hpt_torch.schedulers import PBT, Schedule
 
-    if (pbt := pbt_of(checked.recipe)) is not None:
-        typer.echo(f"  scheduler  pbt: {pbt.exploit}, a decision every {pbt.interval_epochs} epochs")
+    match scheduler_of(checked.recipe):
+        case PBT() as pbt:
+            typer.echo(f"  scheduler  pbt: {pbt.exploit}, a decision every {pbt.interval_epochs} epochs")
+        case Schedule(changes=changes):
+            typer.echo(f"  scheduler  schedule: changes after epochs {[after for after, _ in changes]}")
     typer.echo(f"  dynamic    {', '.join(dynamic) or 'none'}")
     typer.echo(f"  static     {', '.join(static) or 'none'}")
 
@@ -158,6 +163,40 @@ def report(
             import webbrowser
 
             webbrowser.open_new_tab(page.resolve().as_uri())
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="the directory of a run that has ended")],
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="how often")] = 5,
+    allow_import: _ALLOW = None,
+    quiet: Annotated[bool, typer.Option(help="no progress, only the result")] = False,
+) -> None:
+    """Trains a run's best trial again from scratch, on its schedule, with other seeds: does it hold?
+
+    Run again with the same command, it goes on where it was.
+    """
+    checked = _checked(str(run_dir / "recipe.toml"), [], allow_import or [])
+    from hpt_torch.observers.progress import ProgressObserver
+    from hpt_torch.replay import FOLDER
+    from hpt_torch.replay import replay as replay_run
+
+    try:
+        found = replay_run(
+            run_dir, checked.task, seeds=seeds, observers=[] if quiet else [ProgressObserver()]
+        )
+    except Interrupted as stop:
+        _error_line(f"{stop.message}. The same command goes on: hpt {_again()}")
+        raise typer.Exit(128 + stop.signal) from None
+    typer.echo(f"{run_dir}: {found.verdict}")
+    if found.scores:
+        typer.echo(f"  valid      {_scores(found.scores)}")
+    if found.holdouts:
+        before = "" if found.holdout is None else f" (the run's best: {found.holdout:.4f})"
+        typer.echo(f"  hold-out   {_scores(found.holdouts)}{before}")
+    if found.failed:
+        typer.echo(f"  failed     {found.failed}")
+    typer.echo(f"  runs       {run_dir / FOLDER}")
 
 
 @app.command("list")
@@ -211,6 +250,10 @@ def _trials(recipe: Recipe) -> str:
     count, timeout = planned_trials(recipe), recipe.search.timeout
     text = "as many trials as fit" if count is None else f"{count} trial{'s' if count != 1 else ''}"
     return text if timeout is None else f"{text}, at most {timeout:g} s,"
+
+
+def _scores(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def _again() -> str:

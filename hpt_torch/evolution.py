@@ -18,7 +18,7 @@ from hpt_torch.executors import Boundary, Segment
 from hpt_torch.hparams import signature
 from hpt_torch.population import Population
 from hpt_torch.record import Event, finish_event
-from hpt_torch.schedulers import PBT, Member
+from hpt_torch.schedulers import Member, Scheduler
 from hpt_torch.schedulers.lineage import phase_at, scores
 from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import DamageError, HParams, InfeasibleError, TrialState
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 POPULATION = "population"  # the key of its state files
 
 
-def evolve(tuner: Tuner, pbt: PBT) -> None:
-    """Population Based Training of all trials. A model that cannot be built ends them all."""
+def evolve(tuner: Tuner, scheduler: Scheduler) -> None:
+    """Trains all trials, as one population. A model that cannot be built ends them all."""
     if all(trial.state.is_finished for trial in tuner.record.trials.values()):
         return
     try:
-        evolution = Evolution(tuner, pbt)
+        evolution = Evolution(tuner, scheduler)
     except InfeasibleError as error:
         ends = (finish_event(n, TrialState.INFEASIBLE, str(error)) for n in tuner.record.trials)
         tuner.commit(*ends)
@@ -45,13 +45,13 @@ def evolve(tuner: Tuner, pbt: PBT) -> None:
 class Evolution:
     """One session of a population's training."""
 
-    def __init__(self, tuner: Tuner, pbt: PBT) -> None:
-        self.tuner, self.pbt, self.record = tuner, pbt, tuner.record
+    def __init__(self, tuner: Tuner, scheduler: Scheduler) -> None:
+        self.tuner, self.scheduler, self.record = tuner, scheduler, tuner.record
         self.epochs = tuner.recipe.trainer.epochs
         self.trials = sorted(self.record.trials)
         self.boundaries = [0]  # the epoch at which each generation ends; generation 0 has no training
         while self.boundaries[-1] < self.epochs:
-            self.boundaries.append(pbt.next_boundary(self.boundaries[-1], self.epochs))
+            self.boundaries.append(scheduler.next_boundary(self.boundaries[-1], self.epochs))
         self._saved_at = time.monotonic()
         self.generation = 0  # decisions that the states in `population` have behind them
         self.population = self._restore(tuner.trainer.init(self.trials, self._all_hparams()))
@@ -197,7 +197,7 @@ class Evolution:
         following = self.generation + 1
         copies = self._recorded(following)
         if copies is None:
-            exploits = self.pbt.decide(
+            exploits = self.scheduler.decide(
                 self._members(epoch),
                 objective=self.tuner.objective,
                 space=self.tuner.recipe.space,

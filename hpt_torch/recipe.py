@@ -27,7 +27,7 @@ from hpt_torch.recipe_sections import (
     TaskSection,
     TrainerSection,
 )
-from hpt_torch.schedulers import PBT
+from hpt_torch.schedulers import PBT, Schedule, Scheduler, parse_changes
 from hpt_torch.types import Problem, RecipeError
 
 MAX_BYTES = 1_000_000
@@ -61,7 +61,7 @@ class Recipe(Section):
 
 
 # What may differ when a run is continued: budgets and logging. Everything else changes results.
-EXTENDABLE = ("name", "search.trials", "search.timeout", "run", "executor")
+EXTENDABLE = ("name", "search.trials", "search.timeout", "scheduler.baseline", "run", "executor")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -125,11 +125,13 @@ def _problems_beside(data: Mapping[str, Any], error: ValidationError) -> list[Pr
     ]
 
 
-def pbt_of(recipe: Recipe) -> PBT | None:
-    """The recipe's Population Based Training, or None. Raises UserInputError for settings that cannot be."""
-    settings = recipe.scheduler.model_dump(exclude={"kind", "interval_epochs"})
-    if recipe.scheduler.kind != "pbt":
+def scheduler_of(recipe: Recipe) -> Scheduler | None:
+    """Who changes trials at boundaries; None: nobody. Raises UserInputError for settings that cannot be."""
+    if recipe.scheduler.kind == "fifo":
         return None
+    if recipe.scheduler.kind == "schedule":
+        return Schedule(changes=parse_changes(recipe.scheduler.changes))
+    settings = recipe.scheduler.model_dump(exclude={"kind", "interval_epochs", "changes", "baseline"})
     interval = recipe.scheduler.interval_epochs or max(recipe.trainer.epochs // 10, 1)
     return PBT(interval_epochs=interval, **settings)
 
@@ -194,7 +196,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``field: old -> new`` for every field in which two recipes (plain data) would give other results."""
     lines = []
     flat_old, flat_new = _flatten(old), _flatten(new)
-    population = flat_new.get("scheduler.kind") == "pbt"  # its size is no budget
+    population = flat_new.get("scheduler.kind", "fifo") != "fifo"  # its size is no budget
     for key in sorted(set(flat_old) | set(flat_new)):
         free = any(key == name or key.startswith(f"{name}.") for name in EXTENDABLE)
         if free and not (population and key == "search.trials"):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpt_torch import space as spaces
 from hpt_torch.hparams import HParamSpec
+from hpt_torch.schedulers import PORTABLE
 from hpt_torch.schedulers import check_space as check_pbt_space
 from hpt_torch.space import Choice, Dimension
-from hpt_torch.types import Problem, SpaceError
+from hpt_torch.types import Problem, SpaceError, is_int
 
 if TYPE_CHECKING:
     from hpt_torch.recipe import Recipe
@@ -57,6 +58,14 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         )
     if recipe.scheduler.kind == "pbt":
         problems += _check_pbt(recipe)
+    elif recipe.scheduler.baseline:
+        problems.append(Problem("scheduler.baseline", "compares pbt, and needs kind = pbt; leave it out"))
+    if recipe.scheduler.kind == "schedule":
+        problems += _check_changes(recipe)
+    elif recipe.scheduler.changes:
+        problems.append(Problem("scheduler.changes", "are read only with kind = schedule; leave them out"))
+    if recipe.scheduler.kind != "fifo":
+        problems += _check_population(recipe)
     if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
         problems.append(
             Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
@@ -71,19 +80,42 @@ def _check_pbt(recipe: Recipe) -> list[Problem]:
         got = "none" if trials is None else trials
         what = f"is the population's size with pbt, and must be at least 2, got {got}"
         problems.append(Problem("search.trials", what))
-    if recipe.trainer.patience is not None or recipe.trainer.keep == "best":
-        problems.append(
-            Problem(
-                "trainer.patience" if recipe.trainer.patience is not None else "trainer.keep",
-                "does not go with pbt, whose members end at their last epoch; leave it out",
-            )
-        )
     first, second = recipe.scheduler.perturbation_factors
     if not 0 < first < 1 < second:
         problems.append(
             Problem(
                 "scheduler.perturbation_factors",
                 f"must be two numbers, the first in (0, 1), the second above 1, got [{first}, {second}]",
+            )
+        )
+    return problems
+
+
+def _check_changes(recipe: Recipe) -> list[Problem]:
+    problems, last, epochs = list[Problem](), 0, recipe.trainer.epochs
+    if not recipe.scheduler.changes:
+        rule = "must be given with kind = schedule, such as [{ after = 2, lr = 0.01 }]"
+        problems.append(Problem("scheduler.changes", rule))
+    for i, change in enumerate(recipe.scheduler.changes):
+        after: Any = change.get("after")
+        where = f"scheduler.changes.{i}"
+        if not is_int(after) or not last < after < epochs:
+            rule = f"must be an integer above {last} and below trainer.epochs ({epochs})"
+            problems.append(Problem(f"{where}.after", f"{rule}, got {after!r:.80}"))
+            break
+        last = after
+        if len(change) == 1:
+            problems.append(Problem(where, "must name a hyperparameter to change, such as lr = 0.01"))
+    return problems
+
+
+def _check_population(recipe: Recipe) -> list[Problem]:
+    problems = []
+    if recipe.trainer.patience is not None or recipe.trainer.keep == "best":
+        problems.append(
+            Problem(
+                "trainer.patience" if recipe.trainer.patience is not None else "trainer.keep",
+                f"does not go with {recipe.scheduler.kind}, which trains to the last epoch; leave it out",
             )
         )
     return problems
@@ -124,8 +156,20 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
                         f"{parent} is {', '.join(map(str, possible))}; leave it out",
                     )
                 )
+    dynamic = [name for name, spec in specs.items() if spec.dynamic]
     if recipe.scheduler.kind == "pbt" and not problems:
-        problems += check_pbt_space(recipe.space, [name for name, spec in specs.items() if spec.dynamic])
+        problems += check_pbt_space(recipe.space, dynamic)
+    for i, change in enumerate(recipe.scheduler.changes):
+        for name, value in change.items():
+            where = f"scheduler.changes.{i}.{name}"
+            if name == "after":
+                continue
+            if name not in dynamic and name not in PORTABLE:
+                rule = "cannot change while a model trains, or is not a hyperparameter of this task"
+                known = ", ".join(sorted({*dynamic, *PORTABLE}))
+                problems.append(Problem(where, f"{rule}{did_you_mean(name, dynamic)}; these can: {known}"))
+            elif what := specs[name].problem(value):
+                problems.append(Problem(where, what))
     return problems
 
 

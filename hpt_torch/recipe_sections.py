@@ -156,6 +156,13 @@ class TrainerSection(Section):
         strict=True,
         description="stop a trial after so many epochs without a better score",
     )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**63 - 1,
+        strict=True,
+        description="of initial weights, data order and noise; unless given: the recipe's seed",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
     )
@@ -170,10 +177,20 @@ class TrainerSection(Section):
 
 
 class SchedulerSection(Section):
-    """Who decides between epochs. The settings are Population Based Training's; `PBT` explains them."""
+    """Who decides between epochs. Most settings are Population Based Training's; `PBT` explains them."""
 
-    kind: Literal["fifo", "pbt"] = Field(
-        default="fifo", description="fifo: every trial trains to its end; pbt: Population Based Training"
+    kind: Literal["fifo", "pbt", "schedule"] = Field(
+        default="fifo",
+        description="fifo: nobody; pbt: Population Based Training; schedule: `changes`, known beforehand",
+    )
+    changes: list[dict[str, Any]] = Field(
+        default_factory=list,
+        max_length=100_000,
+        description="schedule: {after = 2, lr = 0.01} sets lr for the epochs after the second",
+    )
+    baseline: Flag = Field(
+        default=False,
+        description="pbt: random search, and pbt without explore, at equal compute, to compare with",
     )
     interval_epochs: Epochs | None = Field(
         default=None, description="epochs between two decisions; unless given: a tenth of trainer.epochs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.types import Objective, RunError, Trial
 
+if TYPE_CHECKING:
+    from hpt_torch.replay import Replay
+
 
 class Result:
     """The trials of a run, the best of them, and its model. Made by `tune`, or from a run directory."""
@@ -30,7 +33,8 @@ class Result:
             self.summary: Summary = summarise(record)
             write_exports(record, self.summary, self.path)
             write_page(record, self.summary, self.path)
-            self._seed = int(record.of_kind("run")[0].body["recipe"]["seed"])
+            recipe = record.of_kind("run")[0].body["recipe"]
+            self._seed = int(recipe["trainer"].get("seed", recipe["seed"]))
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -77,6 +81,17 @@ class Result:
         model = base.build(self._task, self.hparams(), best.number, self._seed)
         dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
         return base.load_weights(model.to(dtype), weights, self.hparams(), self._task.dynamic_hparams)
+
+    def replay(self, seeds: int = 5, *, progress: bool = True) -> Replay:
+        """Trains the best trial again from scratch, on its schedule, with `seeds` other seeds, and says
+        whether that reaches its score. Needs the task that `tune` got; called again, it goes on."""
+        from hpt_torch.observers.progress import ProgressObserver
+        from hpt_torch.replay import replay
+
+        if self._task is None:
+            raise RunError("replay() needs the task: Result(path, task)")
+        observers = [ProgressObserver()] if progress else []
+        return replay(self.path, self._task, seeds=seeds, observers=observers)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """One row a trial, as text; also written to `path` if given."""

@@ -206,6 +206,7 @@ def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, L
     """The engines, by name. They share their data, so that closing one of them closes it for all."""
     settings = checked.recipe.trainer
     dtype = getattr(torch, settings.dtype)
+    seed = checked.recipe.seed if settings.seed is None else settings.seed
     keeps_best = settings.keep == "best" or settings.patience is not None
     probe = base.probe(data.train, data.valid, checked.recipe.seed)
     engines: dict[str, type[LoopTrainer]] = {"loop": LoopTrainer, "fused": FusedTrainer}
@@ -215,7 +216,7 @@ def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, L
             data,
             device=device,
             dtype=dtype,
-            seed=checked.recipe.seed,
+            seed=seed,
             epochs=settings.epochs,
             keep=checked.objective if keeps_best else None,
             autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,

@@ -240,7 +240,8 @@ def from_names(
             raise TaskError(f"task.kind: {kind} must give a hpt_torch.Task, gave {type(task).__name__}")
         return task
     if kind not in KINDS:
-        hint = "; this run was started from Python: run its script again" if kind == "python" else ""
+        python = "; this run was started from Python: use its script, and Result(path, task)"
+        hint = python if kind == "python" else ""
         raise TaskError(f"task.kind: must be {', '.join(KINDS)} or module:factory, got {kind!r}{hint}")
     if ":" not in model and model not in MODELS:
         raise TaskError(f"task.model: must be {', '.join(MODELS)} or module:factory, got {model!r}")

@@ -19,7 +19,7 @@ from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
-from hpt_torch.recipe import Recipe, pbt_of, planned_trials
+from hpt_torch.recipe import Recipe, planned_trials, scheduler_of
 from hpt_torch.record import (
     Event,
     Record,
@@ -79,9 +79,9 @@ class Tuner:
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
         self.total = planned_trials(recipe)
-        self.pbt = pbt_of(recipe)
+        self.scheduler = scheduler_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
-        if self.pbt is not None and self.total is not None:
+        if self.scheduler is not None and self.total is not None:
             self.round_size = self.total  # the population
         self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
 
@@ -93,11 +93,11 @@ class Tuner:
             observer.started(self)
         try:
             self.dir.remove_strays(self._needed_files())
-            if self.pbt is not None:
+            if self.scheduler is not None:
                 while self._plan_round():
                     pass
-                evolve(self, self.pbt)
-            while self.pbt is None and not self.interrupted:
+                evolve(self, self.scheduler)
+            while self.scheduler is None and not self.interrupted:
                 chunks = self._open_chunks()
                 if chunks:
                     self._train(chunks)
@@ -156,7 +156,7 @@ class Tuner:
         for trial, point in zip(numbers, points, strict=True):
             full = {**self.fixed, **point}
             events.append(trial_event(trial, number, point, signature(full, self.trainer.dynamic)))
-        if self.pbt is not None:  # its members are grouped anew in every generation
+        if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
         chunks = self.chunks_of(
@@ -320,7 +320,7 @@ class Tuner:
     def _needed_files(self) -> set[str]:
         """The state files that going on may read."""
         needed = {file.name for file in self.record.state_files.get("best", [])[-1:]}
-        keys = [POPULATION] if self.pbt is not None else [chunk.key for chunk in self._open_chunks()]
+        keys = [POPULATION] if self.scheduler is not None else [chunk.key for chunk in self._open_chunks()]
         for key in keys:
             needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}
         return needed

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_quality
 import bench_scaling
 import bench_search
 import torch
@@ -203,7 +204,7 @@ def throughput(
         json_path.write_text(json.dumps(results, indent=1))
 
 
-for _command in (bench_search.grid, bench_search.fashion, bench_scaling.scaling):
+for _command in (bench_search.grid, bench_search.fashion, bench_scaling.scaling, bench_quality.quality):
     app.command()(_command)
 
 

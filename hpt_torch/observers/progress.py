@@ -27,6 +27,7 @@ class ProgressObserver:
 
     def started(self, tuner: Tuner) -> None:
         self._began = self._told = time.monotonic()
+        self._epochs = 0
         if len(tuner.record.of_kind("session")) > 1:
             self.say(f"continuing {tuner.dir.path}: {tuner.finished} trials were finished before")
         if not self.console.is_terminal:

@@ -80,7 +80,7 @@ class TensorBoardObserver:
         for report in trial.reports[self._written[number] :]:
             at = tuner.record.reported_at(number, report.epoch)
             values = [*report.metrics.items(), ("time/epoch_seconds", report.seconds)]
-            if tuner.pbt is not None:
+            if tuner.scheduler is not None:
                 values += _schedule(trial, report.epoch)
             protos.append(_scalars(report.epoch, at, values))
         self._written[number] = len(trial.reports)
@@ -115,8 +115,9 @@ def _schedule(trial: Trial, epoch: int) -> list[tuple[str, float]]:
     """The hyperparameters of this epoch, and whom the member copied just before it."""
     phase = [phase for phase in phases(trial) if phase.epoch < epoch][-1]
     values = [(f"hparams/{n}", float(v)) for n, v in phase.hparams.items() if isinstance(v, (int, float))]
-    if phase.source is not None and phase.epoch == epoch - 1:
-        values.append(("pbt/copied_trial", float(phase.source)))
+    copied = phase.source is not None and phase.source != trial.number
+    if copied and phase.epoch == epoch - 1:
+        values.append(("pbt/copied_trial", float(phase.source)))  # type: ignore[arg-type]
     return values
 
 

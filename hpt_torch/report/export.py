@@ -14,6 +14,7 @@ import tomli_w
 
 from hpt_torch.record import Record
 from hpt_torch.report.page import page
+from hpt_torch.report.schedule import schedule_csv, schedule_recipe
 from hpt_torch.report.summary import Summary
 from hpt_torch.space import thaw
 from hpt_torch.types import DamageError
@@ -55,7 +56,8 @@ def _cell(value: Any) -> Any:
 
 
 def write_exports(record: Record, summary: Summary, path: Path) -> None:
-    """Writes `trials.csv` and, once a trial is complete, `best/weights.safetensors` and `best/hparams.toml`.
+    """Writes `trials.csv` and, once a trial is complete, `best/`: its weights, its hyperparameters, and,
+    where those changed on the way, the schedule and a recipe that trains with it.
 
     Raises DamageError where the best weights are not the ones that were recorded.
     """
@@ -76,6 +78,10 @@ def write_exports(record: Record, summary: Summary, path: Path) -> None:
     best.mkdir(exist_ok=True)
     (best / "weights.safetensors").write_bytes(data)
     (best / "hparams.toml").write_text(hparams_toml(summary))
+    if summary.best.phases:
+        (best / "schedule.csv").write_text(schedule_csv(summary))
+        recipe = schedule_recipe(record.of_kind("run")[0].body["recipe"], summary)
+        (best / "schedule.toml").write_text(tomli_w.dumps(recipe))
 
 
 def hparams_toml(summary: Summary) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from hpt_torch.record import Record
-from hpt_torch.report import findings, plots
+from hpt_torch.report import findings, plots, population
 from hpt_torch.report.plots import View
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import number
@@ -34,8 +34,10 @@ def page(record: Record, summary: Summary) -> str:
     shares, about_shares = findings.importance(summary)
     sections = [
         ("answer", "", _answer(view)),
+        ("compared", "At equal compute", _compared(record, summary)),
         ("progress", "Progress", _progress(view)),
         ("curves", "Learning curves", _curves(view)),
+        ("population", "Lineage and schedules", _population(view)),
         ("parallel", "All hyperparameters at once", _parallel(view)),
         ("slices", "One hyperparameter at a time", _slices(view, shares)),
         ("importance", "Importance", _importance(shares, about_shares)),
@@ -67,7 +69,8 @@ def page(record: Record, summary: Summary) -> str:
 
 
 _SHORT = {
-    "answer": "Answer", "progress": "Progress", "curves": "Curves", "parallel": "Parallel",
+    "answer": "Answer", "compared": "Compared", "progress": "Progress", "curves": "Curves",
+    "population": "Lineage", "parallel": "Parallel",
     "slices": "Slices", "importance": "Importance", "interaction": "Pairs", "timeline": "Timeline",
     "trials": "Trials", "failures": "Failures", "origin": "Recipe",
 }  # fmt: skip
@@ -236,6 +239,28 @@ def _curves(view: View) -> str:
     keys += '<span class="key line faint">other trials</span>'
     key = f'<p class="legend">{keys}</p>'
     return f'{_note(" ".join(notes))}{key}<div class="grid two">{"".join(figures)}</div>'
+
+
+def _compared(record: Record, summary: Summary) -> str:
+    others = population.baselines(record)
+    if not others:
+        return ""
+    note = (
+        "As many members, trained as long: random search keeps what each began with; pbt without explore "
+        "copies weights and never changes a hyperparameter."
+    )
+    return f"{_note(note)}{population.comparison(summary, others)}"
+
+
+def _population(view: View) -> str:
+    if not population.was_changed(view.summary):
+        return ""
+    note = (
+        "A lane is a member, coloured by its final rank; where one copied another, a line joins them. Bold: "
+        "how the best weights came about, and the schedule that trained them."
+    )
+    figures = "".join(f"<figure>{figure}</figure>" for figure in population.schedules(view))
+    return f'{_note(note)}{_ranks(view)}{population.lineage(view)}<div class="grid">{figures}</div>'
 
 
 def _parallel(view: View) -> str:

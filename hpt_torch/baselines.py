@@ -1,0 +1,50 @@
+"""Baselines: what Population Based Training is compared with, at equal compute.
+
+As many members, trained for as many epochs: *random* keeps the hyperparameters that each began with, which is
+random search; *exploit_only* copies weights and never changes a hyperparameter. What PBT has beyond the
+second is what changing hyperparameters brings; what the second has beyond the first, copying weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpt_torch import session
+from hpt_torch.observers import Observer
+from hpt_torch.recipe import Recipe, planned_trials
+from hpt_torch.recipe_sections import SchedulerSection
+from hpt_torch.report.population import BASELINES
+from hpt_torch.session import Checked
+
+
+def run(
+    checked: Checked,
+    path: Path,
+    *,
+    observers: Sequence[Observer] = (),
+    accept_changed_code: bool = False,
+    reopen_holdout: bool = False,
+) -> None:
+    """`session.run`, and then the baselines that the recipe asks for, each as a run in `path`/baselines."""
+    for name, recipe in {"": checked.recipe, **baselines_of(checked.recipe)}.items():
+        session.run(
+            dataclasses.replace(checked, recipe=recipe),
+            path / BASELINES / name if name else path,
+            observers=observers,
+            accept_changed_code=accept_changed_code,
+            reopen_holdout=reopen_holdout,
+        )
+
+
+def baselines_of(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes of the baselines, by name; none where they are not asked for."""
+    if not recipe.scheduler.baseline:
+        return {}
+    exploit_only = recipe.scheduler.model_copy(update={"baseline": False, "explore": False})
+    search = recipe.search.model_copy(update={"sampler": "random", "trials": planned_trials(recipe)})
+    return {
+        "random": recipe.model_copy(update={"scheduler": SchedulerSection(), "search": search}),
+        "exploit_only": recipe.model_copy(update={"scheduler": exploit_only}),
+    }

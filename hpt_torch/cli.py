@@ -108,14 +108,19 @@ def validate(
     typer.echo(
         f"  search     {search.sampler}, {_trials(checked.recipe)} of {checked.recipe.trainer.epochs} epochs"
     )
-    from hpt_torch.recipe import scheduler_of
-    from hpt_torch.schedulers import PBT, Schedule
+    from hpt_torch.recipe import pruner_of, scheduler_of
+    from hpt_torch.schedulers import PBT, Halving, Pruning, Schedule
 
-    match scheduler_of(checked.recipe):
+    epochs = checked.recipe.trainer.epochs
+    match scheduler_of(checked.recipe) or pruner_of(checked.recipe):
         case PBT() as pbt:
             typer.echo(f"  scheduler  pbt: {pbt.exploit}, a decision every {pbt.interval_epochs} epochs")
         case Schedule(changes=changes):
             typer.echo(f"  scheduler  schedule: changes after epochs {[after for after, _ in changes]}")
+        case Halving() as halving:
+            typer.echo(f"  scheduler  {halving.kind}: rungs after epochs {halving.rungs(epochs)}")
+        case Pruning() as pruning:
+            typer.echo(f"  scheduler  {pruning.kind} pruner, every {pruning.interval_epochs} epochs")
     typer.echo(f"  dynamic    {', '.join(dynamic) or 'none'}")
     typer.echo(f"  static     {', '.join(static) or 'none'}")
 

@@ -91,9 +91,7 @@ class Evolution:
     def _save(self) -> Event:
         self._saved_at = time.monotonic()
         tensors, meta = self.population.state()
-        count = len(self.record.state_files.get(POPULATION, []))
-        name = f"{POPULATION}-{count}.safetensors"
-        return self.tuner.write_state(POPULATION, name, tensors, {**meta, "generation": self.generation})
+        return self.tuner.save(POPULATION, (tensors, {**meta, "generation": self.generation}))
 
     def _save_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.tuner.recipe.run.checkpoint_every_seconds
@@ -137,12 +135,12 @@ class Evolution:
             hparams = {self.trials[i]: self._hparams(self.trials[i]) for i in members}
             chunks = [
                 dataclasses.replace(chunk, key=f"generation-{self.generation}-{chunk.trials[0]}")
-                for chunk in self.tuner.chunks_of(hparams)
+                for chunk in self.tuner.planning.chunks_of(hparams)
             ]
             plan = [dataclasses.asdict(chunk) for chunk in chunks]
             self.tuner.commit(Event(kind="plan", body={"generation": self.generation, "chunks": plan}))
             if self.generation == 0:
-                self.tuner.tell_plan(chunks)
+                self.tuner.planning.tell(chunks)
         wanted, found = {self.trials[i] for i in members}, []
         for chunk in chunks:
             trials = tuple(number for number in chunk.trials if number in wanted)
@@ -158,7 +156,6 @@ class Evolution:
         ]
 
     def _segment(self, chunk: Chunk, until: int) -> Segment:
-        best = self.tuner.best
         return Segment(
             key=chunk.key,
             trials=chunk.trials,
@@ -166,7 +163,7 @@ class Evolution:
             engine=chunk.engine,
             until_epoch=until,
             state=self.population.take([self.trials.index(number) for number in chunk.trials]).state(),
-            bar=self.tuner.objective.score(best) if best is not None else None,
+            bar=self.tuner.bar,
         )
 
     def _take(self, chunk: Chunk, boundary: Boundary) -> None:

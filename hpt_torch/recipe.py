@@ -6,10 +6,11 @@ remedy. Classes below this module get flat arguments, never a `Recipe`.
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -27,7 +28,9 @@ from hpt_torch.recipe_sections import (
     TaskSection,
     TrainerSection,
 )
-from hpt_torch.schedulers import PBT, Schedule, Scheduler, parse_changes
+from hpt_torch.schedulers import PBT, Halving, Pruner, Pruning, Schedule, Scheduler, parse_changes
+from hpt_torch.schedulers.halving import HalvingName
+from hpt_torch.schedulers.pruning import PruningName
 from hpt_torch.types import Problem, RecipeError
 
 MAX_BYTES = 1_000_000
@@ -127,13 +130,24 @@ def _problems_beside(data: Mapping[str, Any], error: ValidationError) -> list[Pr
 
 def scheduler_of(recipe: Recipe) -> Scheduler | None:
     """Who changes trials at boundaries; None: nobody. Raises UserInputError for settings that cannot be."""
-    if recipe.scheduler.kind == "fifo":
-        return None
     if recipe.scheduler.kind == "schedule":
         return Schedule(changes=parse_changes(recipe.scheduler.changes))
-    settings = recipe.scheduler.model_dump(exclude={"kind", "interval_epochs", "changes", "baseline"})
+    return PBT(**_settings(recipe, PBT)) if recipe.scheduler.kind == "pbt" else None
+
+
+def pruner_of(recipe: Recipe) -> Pruner | None:
+    """Who stops trials at boundaries; None: nobody."""
+    kind = recipe.scheduler.kind
+    if kind in get_args(HalvingName):
+        return Halving(**_settings(recipe, Halving))
+    return Pruning(**_settings(recipe, Pruning)) if kind in get_args(PruningName) else None
+
+
+def _settings(recipe: Recipe, kind: type) -> dict[str, Any]:
+    """The settings of [scheduler] that this class has."""
     interval = recipe.scheduler.interval_epochs or max(recipe.trainer.epochs // 10, 1)
-    return PBT(interval_epochs=interval, **settings)
+    given = {**recipe.scheduler.model_dump(), "interval_epochs": interval}
+    return {field.name: given[field.name] for field in dataclasses.fields(kind)}
 
 
 def planned_trials(recipe: Recipe) -> int | None:
@@ -196,7 +210,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``field: old -> new`` for every field in which two recipes (plain data) would give other results."""
     lines = []
     flat_old, flat_new = _flatten(old), _flatten(new)
-    population = flat_new.get("scheduler.kind", "fifo") != "fifo"  # its size is no budget
+    population = flat_new.get("scheduler.kind") in ("pbt", "schedule")  # its size is no budget
     for key in sorted(set(flat_old) | set(flat_new)):
         free = any(key == name or key.startswith(f"{name}.") for name in EXTENDABLE)
         if free and not (population and key == "search.trials"):

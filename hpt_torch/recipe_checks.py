@@ -64,8 +64,11 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         problems += _check_changes(recipe)
     elif recipe.scheduler.changes:
         problems.append(Problem("scheduler.changes", "are read only with kind = schedule; leave them out"))
-    if recipe.scheduler.kind != "fifo":
+    if recipe.scheduler.kind in ("pbt", "schedule"):
         problems += _check_population(recipe)
+    limits = recipe.scheduler.lower, recipe.scheduler.upper
+    if recipe.scheduler.kind == "threshold" and limits == (None, None):
+        problems.append(Problem("scheduler.lower", "or scheduler.upper must be given with kind = threshold"))
     if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
         problems.append(
             Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")

@@ -9,9 +9,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from hpt_torch import space as spaces
 from hpt_torch.samplers import SamplerName
+from hpt_torch.schedulers.halving import HalvingName
 from hpt_torch.schedulers.pbt import ExploitName
+from hpt_torch.schedulers.pruning import PruningName
 from hpt_torch.types import is_number
 
+SchedulerName = Literal["fifo", "pbt", "schedule", HalvingName, PruningName]
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -177,11 +180,27 @@ class TrainerSection(Section):
 
 
 class SchedulerSection(Section):
-    """Who decides between epochs. Most settings are Population Based Training's; `PBT` explains them."""
+    """Who decides between epochs. `PBT`, `Halving`, `Pruning` (hpt_torch.schedulers) explain the settings."""
 
-    kind: Literal["fifo", "pbt", "schedule"] = Field(
+    kind: SchedulerName = Field(
         default="fifo",
-        description="fifo: nobody; pbt: Population Based Training; schedule: `changes`, known beforehand",
+        description="fifo: nobody; pbt: Population Based Training; schedule: `changes`, known beforehand; "
+        "the others stop trials early",
+    )
+    reduction_factor: int = Field(
+        default=3, ge=2, le=100, strict=True, description="halving: one in so many trials passes a rung"
+    )
+    min_epochs: Epochs = Field(default=1, description="halving: the first rung")
+    startup_trials: int = Field(
+        default=5, ge=0, le=10_000, strict=True, description="median, percentile: complete trials needed"
+    )
+    percentile: float = Field(
+        default=25.0, ge=0, le=100, strict=True, description="percentile: the best so many percent go on"
+    )
+    lower: float | None = Field(default=None, description="threshold: a score below it stops a trial")
+    upper: float | None = Field(default=None, description="threshold: a score above it stops a trial")
+    patience_epochs: int | None = Field(
+        default=None, ge=0, strict=True, description="stop only those without a better score for so long"
     )
     changes: list[dict[str, Any]] = Field(
         default_factory=list,

@@ -17,9 +17,12 @@ from torch import Tensor
 from hpt_torch import checkpoint, samplers
 from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
+from hpt_torch.executors.segment import State
 from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
-from hpt_torch.recipe import Recipe, planned_trials, scheduler_of
+from hpt_torch.planning import Planning
+from hpt_torch.race import Race
+from hpt_torch.recipe import Recipe, planned_trials, pruner_of, scheduler_of
 from hpt_torch.record import (
     Event,
     Record,
@@ -32,9 +35,7 @@ from hpt_torch.record import (
 )
 from hpt_torch.rundir import RunDir
 from hpt_torch.task import Task
-from hpt_torch.trainers import planner
 from hpt_torch.trainers.base import evaluate
-from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import (
@@ -74,16 +75,15 @@ class Tuner:
         self.executor = executor
         self.observers, self._should_stop = observers, should_stop
         self._used_before = record.seconds_used()
-        self._told: set[str] = set()
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
         self.total = planned_trials(recipe)
-        self.scheduler = scheduler_of(recipe)
+        self.planning = Planning(record, trainers, recipe.trainer.engine, say=self.say)
+        self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         if self.scheduler is not None and self.total is not None:
             self.round_size = self.total  # the population
-        self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -98,8 +98,10 @@ class Tuner:
                     pass
                 evolve(self, self.scheduler)
             while self.scheduler is None and not self.interrupted:
-                chunks = self._open_chunks()
-                if chunks:
+                chunks = self.planning.open_chunks()
+                if chunks and self.pruner is not None:
+                    Race(self, self.pruner, chunks).run()
+                elif chunks:
                     self._train(chunks)
                 elif not self._plan_round():
                     break
@@ -159,89 +161,37 @@ class Tuner:
         if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
-        chunks = self.chunks_of(
+        chunks = self.planning.chunks_of(
             {trial: {**self.fixed, **point} for trial, point in zip(numbers, points, strict=True)}
         )
         plan = [dataclasses.asdict(chunk) for chunk in chunks]
         self.commit(*events, Event(kind="plan", body={"round": number, "chunks": plan}))
-        self.tell_plan(chunks)
+        self.planning.tell(chunks)
         return True
-
-    def chunks_of(self, hparams: Mapping[int, HParams]) -> list[Chunk]:
-        """How trials with these hyperparameters (fixed ones included) are to be trained."""
-        signatures = {trial: signature(full, self.trainer.dynamic) for trial, full in hparams.items()}
-        return planner.plan(
-            list(signatures.items()),
-            engine=self.recipe.trainer.engine,
-            device=self.trainer.device.type,
-            traits=lambda trial: self.trainer.traits(hparams[trial], trial),
-            why_not=lambda trials: self._why_not(
-                signatures[trials[0]], trials, [hparams[trial] for trial in trials]
-            ),
-        )
-
-    def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
-        """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
-        if signed not in self._reasons:
-            fused = self.trainers["fused"]
-            assert isinstance(fused, FusedTrainer)
-            try:
-                self._reasons[signed] = fused.why_not(fused.init(trials, hparams))
-            except Exception as error:
-                self._reasons[signed] = f"its model cannot be built ({error})"
-        return self._reasons[signed]
-
-    def tell_plan(self, chunks: Sequence[Chunk]) -> None:
-        """Says once, for each reason, why trials are trained as they are."""
-        for chunk in chunks:
-            together = f"{len(chunk.trials)} trials at once" if chunk.engine == "fused" else "one by one"
-            if chunk.engine == "fused" or "mapped" in chunk.why:
-                line = f"engine {chunk.engine}: {together} ({chunk.why})"
-                if line not in self._told:
-                    self._told.add(line)
-                    self.say(line)
-
-    def _open_chunks(self) -> list[Chunk]:
-        """The planned chunks that still have unfinished trials, in their recorded order."""
-        plan = self.record.last("plan")
-        if plan is None:
-            return []
-        fallen, chunks = self._fallen(), []
-        for c in plan.body["chunks"]:
-            if fallen.issuperset(c["trials"]):
-                chunks += [Chunk(f"chunk-{n}-alone", (n,), "loop", "fell back") for n in c["trials"]]
-            else:
-                chunks.append(Chunk(c["key"], tuple(c["trials"]), c["engine"], c["why"]))
-        return [c for c in chunks if any(not self.record.trials[n].state.is_finished for n in c.trials)]
-
-    def _fallen(self) -> set[int]:
-        """The trials of chunks that could not go on together."""
-        plans = [chunk for plan in self.record.of_kind("plan") for chunk in plan.body["chunks"]]
-        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
-        return {trial for chunk in plans if chunk["key"] in fallen for trial in chunk["trials"]}
 
     # -- training --------------------------------------------------------------------------------------
 
     def _train(self, chunks: Sequence[Chunk]) -> None:
         """Trains the chunks to their ends, or until a stop is asked for; then their states are saved."""
         by_key = {chunk.key: chunk for chunk in chunks}
-        segments = (self._segment(chunk) for chunk in chunks)
+        segments = (self.segment(chunk) for chunk in chunks)
         for boundary in self.executor.run(segments, lambda: self.interrupted):
             chunk = by_key[boundary.key]
             if boundary.broken:
-                self.commit(Event(kind="fallback", body={"key": chunk.key, "reason": boundary.broken}))
-                self.say(f"trials {list(chunk.trials)} failed together and are trained one by one")
+                self.fall_back(chunk, boundary.broken)
                 continue
             events = self.events_of(boundary)
             if boundary.state is not None:
-                count = len(self.record.state_files.get(chunk.key, []))
-                events.append(
-                    self.write_state(chunk.key, f"{chunk.key}-{count}.safetensors", *boundary.state)
-                )
+                events.append(self.save(chunk.key, boundary.state))
             self.commit(*events)
             self.drop_old_states(chunk.key, ended=boundary.over and boundary.state is None)
 
-    def _segment(self, chunk: Chunk) -> Segment:
+    def fall_back(self, chunk: Chunk, reason: str) -> None:
+        """Records that these trials cannot go on together."""
+        self.commit(Event(kind="fallback", body={"key": chunk.key, "reason": reason}))
+        self.say(f"trials {list(chunk.trials)} failed together and are trained one by one")
+
+    def segment(self, chunk: Chunk) -> Segment:
         """The chunk to its end, from its newest good state."""
         state = None
         for file in reversed(self.record.state_files.get(chunk.key, [])[-KEEP_STATES:]):
@@ -257,8 +207,13 @@ class Tuner:
             engine=chunk.engine,
             until_epoch=self.recipe.trainer.epochs,
             state=state,
-            bar=self.objective.score(self.best) if self.best is not None else None,
+            bar=self.bar,
         )
+
+    @property
+    def bar(self) -> float | None:
+        """The best trial's score so far."""
+        return self.objective.score(self.best) if self.best is not None else None
 
     def events_of(self, boundary: Boundary) -> list[Event]:
         """What the boundary brought that is not recorded yet; the best weights' file is written first."""
@@ -292,7 +247,7 @@ class Tuner:
         recorded = self.record.report_at(report.trial, report.epoch)
         if recorded is None:
             return True
-        if report.trial in self._fallen():
+        if report.trial in self.planning.fallen():
             return False  # trained by another engine since, which rounds differently
         if dict(recorded.metrics) != dict(report.metrics):
             name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
@@ -305,6 +260,11 @@ class Tuner:
         return False
 
     # -- state files -----------------------------------------------------------------------------------
+
+    def save(self, key: str, state: State) -> Event:
+        """The next state file of a chunk."""
+        count = len(self.record.state_files.get(key, []))
+        return self.write_state(key, f"{key}-{count}.safetensors", *state)
 
     def write_state(self, key: str, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Event:
         """Writes a state file; it counts once the event that names it is committed."""
@@ -320,8 +280,8 @@ class Tuner:
     def _needed_files(self) -> set[str]:
         """The state files that going on may read."""
         needed = {file.name for file in self.record.state_files.get("best", [])[-1:]}
-        keys = [POPULATION] if self.scheduler is not None else [chunk.key for chunk in self._open_chunks()]
-        for key in keys:
+        open_keys = [chunk.key for chunk in self.planning.open_chunks()]
+        for key in [POPULATION] if self.scheduler is not None else open_keys:
             needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}
         return needed
 

@@ -87,6 +87,13 @@ crossover_probability = 0.1
 window = 5
 significance = 0.1
 baseline = false
+reduction_factor = 4
+min_epochs = 2
+startup_trials = 3
+percentile = 30.0
+lower = 0.1
+upper = 0.9
+patience_epochs = 2
 
 [run]
 checkpoint_every_seconds = 1.5

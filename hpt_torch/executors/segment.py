@@ -32,6 +32,7 @@ class Segment:
     engine: str  # loop or fused
     until_epoch: int
     state: State | None = None  # None: they are new
+    ended: Sequence[int] = ()  # trials of it that are not to be trained any more
     bar: float | None = None  # the best score so far: weights that do not beat it are not sent
 
 
@@ -85,6 +86,8 @@ class Training:
             return
         if segment.state is not None:
             population.restore(*segment.state)
+        for trial in segment.ended:
+            population.active[population.trials.index(trial)] = False
         bar, saved_at = segment.bar, time.monotonic()
 
         def should_pause() -> bool:

@@ -1,0 +1,78 @@
+"""Planning: which trials train together, by which engine, as it is decided once and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from hpt_torch.hparams import signature
+from hpt_torch.record import Record
+from hpt_torch.trainers import planner
+from hpt_torch.trainers.fused import FusedTrainer
+from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.trainers.planner import Chunk
+from hpt_torch.types import HParams
+
+
+class Planning:
+    """The chunks of a run. engine: auto, loop or fused; `say` tells the user why they are as they are."""
+
+    def __init__(
+        self, record: Record, trainers: Mapping[str, LoopTrainer], engine: str, *, say: Callable[[str], None]
+    ) -> None:
+        self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
+        self.engine, self.say = engine, say
+        self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
+        self._told: set[str] = set()
+
+    def chunks_of(self, hparams: Mapping[int, HParams]) -> list[Chunk]:
+        """How trials with these hyperparameters (fixed ones included) are to be trained."""
+        signatures = {trial: signature(full, self.trainer.dynamic) for trial, full in hparams.items()}
+        return planner.plan(
+            list(signatures.items()),
+            engine=self.engine,
+            device=self.trainer.device.type,
+            traits=lambda trial: self.trainer.traits(hparams[trial], trial),
+            why_not=lambda trials: self._why_not(
+                signatures[trials[0]], trials, [hparams[trial] for trial in trials]
+            ),
+        )
+
+    def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
+        """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
+        if signed not in self._reasons:
+            fused = self.trainers["fused"]
+            assert isinstance(fused, FusedTrainer)
+            try:
+                self._reasons[signed] = fused.why_not(fused.init(trials, hparams))
+            except Exception as error:
+                self._reasons[signed] = f"its model cannot be built ({error})"
+        return self._reasons[signed]
+
+    def tell(self, chunks: Sequence[Chunk]) -> None:
+        """Says once, for each reason, why trials are trained as they are."""
+        for chunk in chunks:
+            together = f"{len(chunk.trials)} trials at once" if chunk.engine == "fused" else "one by one"
+            if chunk.engine == "fused" or "mapped" in chunk.why:
+                line = f"engine {chunk.engine}: {together} ({chunk.why})"
+                if line not in self._told:
+                    self._told.add(line)
+                    self.say(line)
+
+    def open_chunks(self) -> list[Chunk]:
+        """The planned chunks that still have unfinished trials, in their recorded order."""
+        plan = self.record.last("plan")
+        if plan is None:
+            return []
+        fallen, chunks = self.fallen(), []
+        for c in plan.body["chunks"]:
+            if fallen.issuperset(c["trials"]):
+                chunks += [Chunk(f"chunk-{n}-alone", (n,), "loop", "fell back") for n in c["trials"]]
+            else:
+                chunks.append(Chunk(c["key"], tuple(c["trials"]), c["engine"], c["why"]))
+        return [c for c in chunks if any(not self.record.trials[n].state.is_finished for n in c.trials)]
+
+    def fallen(self) -> set[int]:
+        """The trials of chunks that could not go on together."""
+        plans = [chunk for plan in self.record.of_kind("plan") for chunk in plan.body["chunks"]]
+        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
+        return {trial for chunk in plans if chunk["key"] in fallen for trial in chunk["trials"]}

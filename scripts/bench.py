@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_pbt
 import bench_quality
 import bench_scaling
 import bench_search
@@ -204,7 +205,10 @@ def throughput(
         json_path.write_text(json.dumps(results, indent=1))
 
 
-for _command in (bench_search.grid, bench_search.fashion, bench_scaling.scaling, bench_quality.quality):
+for _command in (
+    *(bench_search.grid, bench_search.fashion, bench_scaling.scaling),
+    *(bench_pbt.pbt, bench_pbt.decisions, bench_quality.quality),
+):
     app.command()(_command)
 
 

@@ -215,9 +215,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def homes(field: str, recipe: type[Recipe]) -> list[str]:
-    """Where a recipe has a field of this name: in its sections, or else at the top."""
-    found = []
+    """Where a recipe has a field of this name: at the top, or else in its sections."""
+    found = [name for name in recipe.model_fields if name == field]
     for section, info in recipe.model_fields.items():
         if field in getattr(info.annotation, "model_fields", ()):
             found.append(f"{section}.{field}")
-    return found or [name for name in recipe.model_fields if name == field]
+    return found

@@ -240,7 +240,7 @@ def from_names(
             raise TaskError(f"task.kind: {kind} must give a hpt_torch.Task, gave {type(task).__name__}")
         return task
     if kind not in KINDS:
-        python = "; this run was started from Python: use its script, and Result(path, task)"
+        python = "; this run was started from Python: run its script again, or Result(path, task)"
         hint = python if kind == "python" else ""
         raise TaskError(f"task.kind: must be {', '.join(KINDS)} or module:factory, got {kind!r}{hint}")
     if ":" not in model and model not in MODELS:

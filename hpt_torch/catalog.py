@@ -17,9 +17,9 @@ _RECIPE_FOLDERS = (Path("recipes"), _PACKAGE / "recipes", _PACKAGE.parent / "rec
 
 def find_recipe(name: str) -> Path:
     """The file that `name` means: a path, or a recipe's name. Raises RecipeError."""
-    path = Path(name)
     if len(name) > 4000 or "\0" in name:
         raise RecipeError(name[:60], [Problem("", "is too long or has a NUL; name a recipe file")])
+    path = Path(name)
     if os.path.isfile(path) or path.suffix == ".toml" or len(path.parts) > 1:
         return path
     for folder in _RECIPE_FOLDERS:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as _parse
 from safetensors.torch import save as _serialise
 from torch import Tensor
@@ -26,7 +27,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Either the old file or the whole new one is there after a crash at any instant."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # a stray; a link would lead the bytes elsewhere
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -58,14 +60,19 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> 
 
 def load(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and JSON of a file. Raises DamageError unless its bytes hash to `sha256`."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise DamageError(f"{path} cannot be read: it is not a file")
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DamageError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DamageError(f"{path} is damaged: its SHA-256 is not the recorded one")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return _parse(data), json.loads(header["__metadata__"]["hpt_torch"])
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return _parse(data), json.loads(header["__metadata__"]["hpt_torch"])
+    except (LookupError, RecursionError, SafetensorError, TypeError, ValueError) as error:
+        raise DamageError(f"{path} is not a state file of hpt_torch ({type(error).__name__})") from error
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from hpt_torch import __version__
-from hpt_torch.types import HptError, Interrupted
+from hpt_torch.types import HptError, Interrupted, printable
 
 if TYPE_CHECKING:
     from hpt_torch.recipe import Recipe
@@ -143,6 +143,7 @@ def report(
     from hpt_torch.report.markdown import markdown
     from hpt_torch.report.summary import as_dict
     from hpt_torch.report.terminal import print_report
+    from hpt_torch.rundir import RunDir
 
     if form not in ("text", "md"):
         raise typer.BadParameter(f"--format must be text or md, got {form!r}")
@@ -153,6 +154,7 @@ def report(
         if canonical:
             sys.stdout.write(canonical_text(summary))
             return
+        RunDir(run_dir).check_usable()  # nothing is written through a link
         write_exports(record, summary, run_dir)
         page = None if as_json else write_page(record, summary, run_dir)
     if as_json:
@@ -291,7 +293,7 @@ def main() -> None:
     try:
         app()
     except HptError as error:
-        _error_line(f"hpt: {error}")
+        _error_line("\n".join(printable(line, 3000) for line in f"hpt: {error}".split("\n")))
         sys.exit(2)
     except KeyboardInterrupt:
         _error_line("hpt: stopped at once; everything recorded is intact. The same command goes on.")

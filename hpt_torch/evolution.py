@@ -120,9 +120,7 @@ class Evolution:
 
     def _waiting(self, until: int) -> list[int]:
         population = self.population
-        return [
-            i for i in range(len(population)) if population.active[i] and population.epoch[i] < until
-        ]
+        return [i for i in range(len(population)) if population.active[i] and population.epoch[i] < until]
 
     def _plan(self, members: Sequence[int]) -> list[Chunk]:
         """Groups by signature, as recorded; the plan of a generation is made and committed once."""

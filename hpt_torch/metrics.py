@@ -22,6 +22,7 @@ REGRESSION = ("mse", "mae", "r2")
 _FROM_CONFUSION = frozenset({"f1", "precision", "recall"})
 MAXIMIZED = frozenset({*CLASSIFICATION, "r2"})
 
+
 class _Transposed(torch.autograd.Function):
     """(B, C) -> (C, B), both in memory of that order, the gradient too: in another order vmap would multiply
     matrices of all members as one, which rounds differently for different numbers of members."""

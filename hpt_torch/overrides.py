@@ -21,7 +21,7 @@ def apply_overrides(
         key, equals, text = override.partition("=")
         key = key.strip()
         parts = key.split(".")
-        if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
+        if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", part) for part in parts):
             problems.append(
                 Problem(repr(override)[:200], "an override must look like search.trials=20 or lr=0.01")
             )
@@ -29,7 +29,7 @@ def apply_overrides(
         if len(parts) == 1 and parts[0] not in sections:
             parts = ["hparams", *parts]
         if len(parts) > 2:
-            problems.append(Problem(key, "an override names a field or section.field"))
+            problems.append(Problem(key[:200], "an override names a field or section.field"))
             continue
         if len(parts) == 2 and parts[0] in ("name", "seed", "executor"):
             problems.append(Problem(key, f"{parts[0]} is not a table"))

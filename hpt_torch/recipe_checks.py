@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 def cross_check(recipe: Recipe) -> list[Problem]:
     """Fields that are each right but do not go together."""
     problems = [Problem(p.where, p.what) for p in spaces.check_space(recipe.space, recipe.hparams)]
+    for name, value in recipe.task.data_options.items():
+        if isinstance(value, str) and "\0" in value:
+            problems.append(Problem(f"task.data_options.{name}", f"must not hold a NUL, got {value!r}"))
     for name in recipe.hparams:
         if name in recipe.space:
             problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))

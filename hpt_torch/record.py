@@ -13,6 +13,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpt_torch.space import freeze, thaw
-from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState
+from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState, is_int
 
 FORMAT = 1
 _FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
@@ -49,6 +51,7 @@ CREATE VIEW IF NOT EXISTS reports AS
            json_extract(body, '$.seconds') AS seconds, json_extract(body, '$.metrics') AS metrics
     FROM events WHERE kind = 'report';
 """
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a state file or a chunk: never a way to another folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ class Record:
         self._db = _connect(path, readonly=readonly)
         try:
             self._load()
+            if not readonly:
+                _prepare(self._db, path)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise DamageError(
@@ -129,6 +134,10 @@ class Record:
                 f"{self.path} could not be written ({error}). Everything recorded before is intact: "
                 "make room or restore access, then run the same command again"
             ) from error
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.IntegrityError):
+                raise
+            raise DamageError(f"{self.path} is damaged ({error}); restore it from a backup") from error
         self.head = head
         for seq, _, _, kind, body, _ in rows:
             self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=now, elapsed=elapsed))
@@ -166,20 +175,24 @@ class Record:
         return total + last
 
     def _load(self) -> None:
-        has_table = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
-        if not has_table:
+        if _is_empty(self._db, self.path):
             return
         for row in self._db.execute("SELECT seq, at, elapsed, kind, body, hash FROM events ORDER BY seq"):
             seq, at, elapsed, kind, body, digest = row
-            expected = _chain(self.head, seq, at, elapsed, kind, body)
-            if seq != len(self.events) + 1 or digest != expected:
+            before, why = len(self.events), "its hash does not fit"
+            try:
+                fits = seq == before + 1 and digest == _chain(self.head, seq, at, elapsed, kind, body)
+                if fits:
+                    body = _revive(json.loads(body))
+                    self._apply(Event(kind=kind, body=body, seq=seq, at=at, elapsed=elapsed))
+            except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+                fits, why = False, f"it makes no sense: {type(error).__name__}"
+            if not fits:
                 raise DamageError(
-                    f"{self.path} is damaged: event {len(self.events) + 1} is not the one that was written "
-                    f"(its hash does not fit). The {len(self.events)} events before it are intact; "
-                    "restore the file from a backup"
+                    f"{self.path} is damaged: event {before + 1} is not the one that was written "
+                    f"({why}). The {before} events before it are intact; restore the file from a backup"
                 )
             self.head = digest
-            self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=at, elapsed=elapsed))
 
     def _apply(self, event: Event) -> None:
         self.events.append(event)
@@ -191,7 +204,12 @@ class Record:
                         f"{self.path} has record format {body['format']}, this version reads {FORMAT}; "
                         f"use hpt_torch {body['version']}"
                     )
+            case "plan":
+                for chunk in body["chunks"]:
+                    _check_name(chunk["key"])
             case "trial":
+                if not is_int(body["trial"]):
+                    raise ValueError("a trial's number is an integer")
                 hparams = {name: freeze(value) for name, value in body["hparams"].items()}
                 self.trials[body["trial"]] = Trial(
                     number=body["trial"], round=body["round"], hparams=hparams, signature=body["signature"]
@@ -218,8 +236,9 @@ class Record:
                 for copy in body["exploits"]:
                     self._exploit(body["generation"], body["epoch"], copy)
             case "state":
-                name = body["key"]
-                self.state_files.setdefault(name, []).append(StateFile(**body))
+                file = StateFile(**body)
+                _check_name(file.name)
+                self.state_files.setdefault(file.key, []).append(file)
             case _:
                 pass  # sessions, plans, hold-out readings: looked up by kind where they are needed
 
@@ -236,22 +255,53 @@ class Record:
 
 
 def _connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
-    if readonly:
-        if not path.is_file():
-            raise RunError(f"{path.parent} is not a run directory: it has no {path.name}")
-        return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    db = sqlite3.connect(path, isolation_level=None)
+    if readonly and not os.path.isfile(path):  # unlike Path.is_file: also for a name that no file can have
+        raise RunError(f"{path.parent} is not a run directory: it has no {path.name}")
+    try:
+        if readonly:
+            return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        return sqlite3.connect(path, isolation_level=None)
+    except sqlite3.OperationalError as error:
+        raise RunError(f"{path} cannot be opened ({error}); restore access to it") from error
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Makes the record ready for writing: only now, when it is known to be ours and intact."""
     try:
         # A file system without shared memory (NFS) refuses WAL and keeps the rollback journal.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.executescript(_SCHEMA)
-    except sqlite3.DatabaseError as error:
-        db.close()
-        if isinstance(error, sqlite3.OperationalError):
-            raise RunError(f"{path} cannot be opened for writing ({error})") from error
-        raise DamageError(f"{path} is not a record of hpt_torch ({error})") from error
-    return db
+    except sqlite3.OperationalError as error:
+        raise RunError(f"{path} cannot be opened for writing ({error}); restore access to it") from error
+
+
+def _is_empty(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether nothing was ever written. Raises DamageError where the file holds anything that is not ours:
+    another application's tables, or a trigger, which could change the record with every row that we add."""
+    db.execute("PRAGMA trusted_schema = OFF")
+    found = {(kind, name): sql for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master")}
+    for kind, name in sorted(found):
+        if (kind == "view" and name != "events") or (kind == "table" and name.startswith("sqlite_")):
+            continue  # views are read by nobody here; sqlite_stat1 is what ANALYZE leaves
+        if (kind, name) != ("table", "events") or _shape(found[kind, name]) != _shape(_SCHEMA).split(";")[0]:
+            raise DamageError(
+                f"{path} is not a record as hpt_torch made it: it holds the {kind} {name!r:.80}, which is "
+                "another application's or was changed; restore it from a backup, or name another --run-dir"
+            )
+    if not found and os.path.getsize(path) % 512:
+        raise DamageError(f"{path} is damaged: it was cut; restore it from a backup")
+    return ("table", "events") not in found
+
+
+def _shape(sql: str) -> str:
+    """An SQL statement without its comments and spaces."""
+    return "".join(re.sub(r"--.*", "", sql.replace("IF NOT EXISTS ", "")).split())
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r:.80} is not the name of a state")
 
 
 def _chain(head: str, seq: int, at: float, elapsed: float, kind: str, body: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -17,9 +18,12 @@ import filelock
 
 from hpt_torch import __version__
 from hpt_torch.checkpoint import write_atomic
-from hpt_torch.types import RunError, RunLockedError
+from hpt_torch.types import DamageError, RunError, RunLockedError
 
 _PACKAGES = ("torch", "torchvision", "optuna", "numpy", "scikit-learn", "scipy", "safetensors", "tensorboard")
+_FILES = {"run.db", "run.db-wal", "run.db-shm", "run.db-journal", "run.lock", "owner.json", "recipe.toml",
+          "environment.json", "trials.csv", "report.html"}  # fmt: skip
+_FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines"}
 
 
 class RunDir:
@@ -38,38 +42,70 @@ class RunDir:
         self._lock = filelock.FileLock(path / "run.lock")
 
     def check_usable(self) -> None:
-        """Raises RunError where the path holds something that is not a run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; name a directory with --run-dir")
-        if self.path.is_dir() and not self.record.exists():
-            foreign = sorted(
-                p.name for p in self.path.iterdir() if p.name not in ("run.lock", "owner.json", "checkpoints")
+        """Raises RunError where the path holds something that is not a run, or a way out of it."""
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            raise RunError(f"{self.path} is a file or a link to nothing; name a directory with --run-dir")
+        try:
+            entries = {entry.name: entry for entry in sorted(os.scandir(self.path), key=lambda e: e.name)}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise self._unusable("read", error) from error
+        started = ("run.lock", "owner.json", "checkpoints", "run.db", "run.db-wal", "run.db-shm")
+        foreign = [name for name in entries if name not in started]
+        if foreign and self.record.is_file() and not self.record.stat().st_size:
+            raise DamageError(f"{self.record} is empty, but a run was in it; restore it from a backup")
+        if foreign and "run.db" not in entries:
+            raise RunError(
+                f"{self.path} is not a run directory (it has no run.db but holds {foreign[0]}); "
+                "name another with --run-dir"
             )
-            if foreign:
-                raise RunError(
-                    f"{self.path} is not a run directory (it has no run.db but holds {foreign[0]}); "
-                    "name another with --run-dir"
-                )
+        for kind, names in (("file", _FILES), ("folder", _FOLDERS)):
+            for name in sorted(names & entries.keys()):
+                if not getattr(entries[name], f"is_{kind}".replace("folder", "dir"))(follow_symlinks=False):
+                    raise RunError(
+                        f"{self.path / name} must be a {kind} and not a link, so that nothing is written "
+                        f"outside of {self.path}; put the {kind} in its place, or name another --run-dir"
+                    )
+        for folder in sorted(
+            (_FOLDERS - {"checkpoints"}) & entries.keys()
+        ):  # those are only read or replaced
+            for entry in list(os.scandir(entries[folder])):
+                if entry.is_symlink():
+                    raise RunError(
+                        f"{entry.path} must not be a link, so that nothing is written outside of "
+                        f"{self.path}; remove it, or name another --run-dir"
+                    )
+
+    def _unusable(self, verb: str, error: Exception) -> RunError:
+        reason = getattr(error, "strerror", None) or error
+        return RunError(f"{str(self.path)[:300]} cannot be {verb}: {reason}; name another with --run-dir")
 
     def __enter__(self) -> Self:
         self.check_usable()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(
-                f"{self.path} cannot be created: {error.strerror}; name another with --run-dir"
-            ) from error
+            raise self._unusable("created", error) from error
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             owner = "another process"
-            if self._owner.exists():
+            with contextlib.suppress(
+                OSError, LookupError, RecursionError, TypeError, ValueError
+            ):  # anybody can write it
                 known = json.loads(self._owner.read_text())
-                owner = f"process {known['pid']} on {known['host']}"
+                owner = f"process {int(known['pid'])} on {known['host']!r:.80}"
             raise RunLockedError(
                 f"{self.path} is being written by {owner}; wait for it or stop it first"
             ) from None
-        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        except OSError as error:
+            raise self._unusable("locked", error) from error
+        try:
+            self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        except OSError as error:
+            self._lock.release()
+            raise self._unusable("written", error) from error
         return self
 
     def __exit__(

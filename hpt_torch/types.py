@@ -12,6 +12,12 @@ HParamValue = bool | int | float | str | tuple[Any, ...]
 HParams = Mapping[str, HParamValue]
 
 
+def printable(text: str, limit: int = 1000) -> str:
+    """The text on one line of bounded length, with nothing in it that would steer a terminal."""
+    shown = text if len(text) <= limit else f"{text[:limit]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
 def is_int(value: Any) -> bool:
     """A whole number that a float holds exactly; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53
@@ -159,7 +165,8 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" if self.where else self.what
+        what = "\n    ".join(printable(line) for line in self.what.splitlines()[:20])
+        return f"{printable(self.where, 200)}: {what}" if self.where else what
 
 
 class RecipeError(UserInputError):

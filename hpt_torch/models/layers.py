@@ -271,9 +271,7 @@ class BatchNorm(nn.Module):
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             shape = (-1, *[1] * (x.dim() - 2))
-            return torch.addcmul(
-                (self.bias - self.running_mean * scale).view(shape), x, scale.view(shape)
-            )
+            return torch.addcmul((self.bias - self.running_mean * scale).view(shape), x, scale.view(shape))
         known = constant(self.batch_norm_momentum)
         if known is not None:
             return F.batch_norm(

@@ -160,9 +160,7 @@ class Stack:
         for update in self._updates:
             update.h["lr"] = update.lr_S[index]
             mine = [rows[name][row] for name, row in update.places]
-            optim.step_(
-                self.optimizer, update.params, mine, update.slots, self.steps[update.row], update.h
-            )
+            optim.step_(self.optimizer, update.params, mine, update.slots, self.steps[update.row], update.h)
         if self.static["ema"]:
             for name in self.names:
                 decay = _column(self.h["ema_decay"], self.params[name])

@@ -32,6 +32,9 @@ def tune(
     metric: str | None = None,
     direction: str | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    folds: int | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    refit: bool | None = None,
     device: str = "auto",
     engine: str = "auto",
     executor: str = "auto",
@@ -50,6 +53,9 @@ def tune(
     epochs: of each trial. sampler: tpe, random, grid, gp. metric, direction: default to the task's.
     scheduler: as a recipe's [scheduler], e.g. ``{"kind": "pbt", "interval_epochs": 2}`` for Population Based
     Training, where `trials` is the size of the population (`hpt_torch.schedulers.PBT` has the settings).
+    folds: cross-validation: each trial is trained on so many folds, its score is their mean, and the best is
+    trained again on all their rows. evaluation: as a recipe's [evaluation], e.g. ``{"repeats": 2}``.
+    refit: without folds too.
     engine: auto, loop, fused. executor: auto, inline, processes; workers: how many, no matter to the result.
     run_dir: everything is kept there, and calling again with the same arguments goes on where it was. By
     default a directory under ``runs/`` named after the task and a hash of these arguments, the data and the
@@ -69,6 +75,8 @@ def tune(
         "objective": {"metric": metric, "direction": direction},
         "trainer": {"epochs": epochs, "device": device, "engine": engine},
         "scheduler": dict(scheduler or {}),
+        "evaluation": {**(evaluation or {}), **({"folds": folds} if folds is not None else {})},
+        "final": {"refit": refit},
         "run": {"tensorboard": tensorboard, "workers": workers},
         "executor": executor,
     }

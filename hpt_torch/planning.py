@@ -17,10 +17,16 @@ class Planning:
     """The chunks of a run. engine: auto, loop or fused; `say` tells the user why they are as they are."""
 
     def __init__(
-        self, record: Record, trainers: Mapping[str, LoopTrainer], engine: str, *, say: Callable[[str], None]
+        self,
+        record: Record,
+        trainers: Mapping[str, LoopTrainer],
+        engine: str,
+        *,
+        say: Callable[[str], None],
+        folds: int = 0,
     ) -> None:
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
-        self.engine, self.say = engine, say
+        self.engine, self.say, self.folds = engine, say, folds
         self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
         self._told: set[str] = set()
 
@@ -35,6 +41,7 @@ class Planning:
             why_not=lambda trials: self._why_not(
                 signatures[trials[0]], trials, [hparams[trial] for trial in trials]
             ),
+            folds=self.folds,
         )
 
     def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
@@ -65,14 +72,23 @@ class Planning:
             return []
         fallen, chunks = self.fallen(), []
         for c in plan.body["chunks"]:
-            if fallen.issuperset(c["trials"]):
-                chunks += [Chunk(f"chunk-{n}-alone", (n,), "loop", "fell back") for n in c["trials"]]
+            fold = c.get("fold")
+            if fallen.issuperset((n, fold) for n in c["trials"]):
+                where = "" if fold is None else f"-fold-{fold}"
+                chunks += [
+                    Chunk(f"chunk-{n}{where}-alone", (n,), "loop", "fell back", fold) for n in c["trials"]
+                ]
             else:
-                chunks.append(Chunk(c["key"], tuple(c["trials"]), c["engine"], c["why"]))
-        return [c for c in chunks if any(not self.record.trials[n].state.is_finished for n in c.trials)]
+                chunks.append(Chunk(c["key"], tuple(c["trials"]), c["engine"], c["why"], fold))
+        return [c for c in chunks if not all(self.is_done(n, c.fold) for n in c.trials)]
 
-    def fallen(self) -> set[int]:
-        """The trials of chunks that could not go on together."""
+    def is_done(self, number: int, fold: int | None) -> bool:
+        """Whether nothing is left to train of this trial (on this fold)."""
+        trial = self.record.trials[number]
+        return trial.state.is_finished or (fold is not None and trial.folds[fold].state.is_finished)
+
+    def fallen(self) -> set[tuple[int, int | None]]:
+        """(trial, fold) of the chunks that could not go on together."""
         plans = [chunk for plan in self.record.of_kind("plan") for chunk in plan.body["chunks"]]
         fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
-        return {trial for chunk in plans if chunk["key"] in fallen for trial in chunk["trials"]}
+        return {(n, c.get("fold")) for c in plans if c["key"] in fallen for n in c["trials"]}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hpt_torch.crossval import end_of, has_failed
 from hpt_torch.executors import Boundary, Segment
 from hpt_torch.record import Event, finish_event
 from hpt_torch.schedulers import Member, Pruner
@@ -58,7 +59,7 @@ class Race:
     def _to_train(self, key: str, until: int) -> Segment | None:
         """The chunk's segment to the boundary, where a trial of it that has not ended is not there yet."""
         segment = self.segments[key]
-        ended = tuple(n for n in segment.trials if self.record.trials[n].state.is_finished)
+        ended = tuple(n for n in segment.trials if self.tuner.planning.is_done(n, segment.fold))
         epochs = [0] * len(segment.trials) if segment.state is None else segment.state[1]["epoch"]
         left = [epoch for n, epoch in zip(segment.trials, epochs, strict=True) if n not in ended]
         if not left or min(left) >= until:
@@ -67,7 +68,7 @@ class Race:
 
     def _take(self, boundary: Boundary) -> None:
         key = boundary.key
-        events = self.tuner.events_of(boundary)
+        events = self.tuner.events_of(boundary, self.chunks[key].fold)
         if boundary.state is not None:
             self.segments[key] = replace(self.segments[key], state=boundary.state)
             due = time.monotonic() - self._saved_at[key] >= self.tuner.recipe.run.checkpoint_every_seconds
@@ -84,6 +85,9 @@ class Race:
         place = {"round": self.round, "epoch": epoch}
         if any(event.body.items() >= place.items() for event in self.record.of_kind("pruning")):
             return
+        # Where a fold has failed the trial goes no further: all folds are at this boundary now.
+        failed = [t for t in self.record.in_order() if t.round == self.round and has_failed(t)]
+        self.tuner.commit(*(end_of(trial) for trial in failed if not trial.state.is_finished))
         trials = self.record.in_order()
         racing = [t for t in trials if t.round == self.round and not t.state.is_finished]
         metric = self.tuner.objective.metric

@@ -20,6 +20,8 @@ from hpt_torch.overrides import apply_overrides
 from hpt_torch.recipe_checks import cross_check, did_you_mean, homes
 from hpt_torch.recipe_sections import (
     DimensionField,
+    EvaluationSection,
+    FinalSection,
     ObjectiveSection,
     RunSection,
     SchedulerSection,
@@ -31,7 +33,7 @@ from hpt_torch.recipe_sections import (
 from hpt_torch.schedulers import PBT, Halving, Pruner, Pruning, Schedule, Scheduler, parse_changes
 from hpt_torch.schedulers.halving import HalvingName
 from hpt_torch.schedulers.pruning import PruningName
-from hpt_torch.types import Problem, RecipeError
+from hpt_torch.types import Folding, Problem, RecipeError
 
 MAX_BYTES = 1_000_000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -49,6 +51,8 @@ class Recipe(Section):
     search: SearchSection = SearchSection()
     trainer: TrainerSection = TrainerSection()
     scheduler: SchedulerSection = SchedulerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    final: FinalSection = FinalSection()
     run: RunSection = RunSection()
     executor: Literal["auto", "inline", "processes"] = Field(
         default="auto",
@@ -148,6 +152,20 @@ def _settings(recipe: Recipe, kind: type) -> dict[str, Any]:
     interval = recipe.scheduler.interval_epochs or max(recipe.trainer.epochs // 10, 1)
     given = {**recipe.scheduler.model_dump(), "interval_epochs": interval}
     return {field.name: given[field.name] for field in dataclasses.fields(kind)}
+
+
+def folding_of(recipe: Recipe) -> Folding | None:
+    """How rows are cut for cross-validation; None: train and valid as they are."""
+    settings = recipe.evaluation
+    if settings.folds is None:
+        return None
+    return Folding(folds=settings.folds, splitter=settings.splitter, repeats=settings.repeats)
+
+
+def refits(recipe: Recipe) -> bool:
+    """Whether the chosen trial is trained again on train and valid rows together."""
+    asked = recipe.final.refit
+    return recipe.evaluation.folds is not None if asked is None else asked
 
 
 def planned_trials(recipe: Recipe) -> int | None:

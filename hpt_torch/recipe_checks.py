@@ -69,12 +69,44 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         problems.append(Problem("scheduler.changes", "are read only with kind = schedule; leave them out"))
     if recipe.scheduler.kind in ("pbt", "schedule"):
         problems += _check_population(recipe)
+    problems += _check_evaluation(recipe)
     limits = recipe.scheduler.lower, recipe.scheduler.upper
     if recipe.scheduler.kind == "threshold" and limits == (None, None):
         problems.append(Problem("scheduler.lower", "or scheduler.upper must be given with kind = threshold"))
     if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
         problems.append(
             Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
+        )
+    return problems
+
+
+def _check_evaluation(recipe: Recipe) -> list[Problem]:
+    """Folds, and the training at the end, are of trials that keep their hyperparameters."""
+    problems, kind = [], recipe.scheduler.kind
+    changing = kind in ("pbt", "schedule")
+    if recipe.evaluation.folds is None and recipe.evaluation.repeats > 1:
+        problems.append(
+            Problem("evaluation.repeats", "must be 1 without folds; set evaluation.folds, e.g. to 5")
+        )
+    if recipe.evaluation.folds is not None and changing:
+        problems.append(
+            Problem(
+                "evaluation.folds",
+                f"does not go with scheduler.kind {kind}, whose members change while they train; leave out "
+                "one of the two (hpt replay tells how much of the score the choice has made)",
+            )
+        )
+    elif recipe.final.refit and changing:
+        problems.append(
+            Problem(
+                "final.refit",
+                f"does not go with scheduler.kind {kind}, whose members change while they train; "
+                "hpt replay trains the schedule again",
+            )
+        )
+    if recipe.evaluation.folds is not None and recipe.final.refit is False:
+        problems.append(
+            Problem("final.refit", "must be true with folds: each of their models has seen only a part")
         )
     return problems
 

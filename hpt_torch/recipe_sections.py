@@ -12,7 +12,7 @@ from hpt_torch.samplers import SamplerName
 from hpt_torch.schedulers.halving import HalvingName
 from hpt_torch.schedulers.pbt import ExploitName
 from hpt_torch.schedulers.pruning import PruningName
-from hpt_torch.types import is_number
+from hpt_torch.types import SplitterName, is_number
 
 SchedulerName = Literal["fifo", "pbt", "schedule", HalvingName, PruningName]
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|d)")
@@ -134,6 +134,32 @@ class SearchSection(Section):
     )
     start_with_defaults: Flag = Field(
         default=True, description="trial 0 is the declared defaults (not for grid)"
+    )
+
+
+class EvaluationSection(Section):
+    """Cross-validation: train and valid rows, cut into folds; a trial's score is its mean over them."""
+
+    folds: int | None = Field(
+        default=None, ge=2, le=100, strict=True, description="train every trial on so many folds"
+    )
+    splitter: SplitterName = Field(
+        default="auto",
+        description="kfold, stratified, grouped or time; auto: what the data calls for",
+    )
+    repeats: int = Field(
+        default=1, ge=1, le=100, strict=True, description="so often, each time into other folds"
+    )
+
+
+class FinalSection(Section):
+    """What is done with the chosen trial."""
+
+    refit: bool | None = Field(
+        default=None,
+        strict=True,
+        description="train it again on train and valid rows together, for the epochs that it kept; "
+        "unless given: with folds, where no other model is left",
     )
 
 

@@ -27,6 +27,7 @@ from hpt_torch.space import freeze, thaw
 from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState, is_int
 
 FORMAT = 1
+REFIT = "refit"  # the key of the file with the weights of the chosen trial's last training
 _FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
 
 _SCHEMA = """
@@ -211,9 +212,11 @@ class Record:
                 if not is_int(body["trial"]):
                     raise ValueError("a trial's number is an integer")
                 hparams = {name: freeze(value) for name, value in body["hparams"].items()}
-                self.trials[body["trial"]] = Trial(
+                trial = Trial(
                     number=body["trial"], round=body["round"], hparams=hparams, signature=body["signature"]
                 )
+                folds = (trial,) * body.get("folds", 0)
+                self.trials[trial.number] = dataclasses.replace(trial, folds=folds)
             case "report":
                 report = Report(
                     trial=body["trial"], epoch=body["epoch"], metrics=body["metrics"], seconds=body["seconds"]
@@ -222,13 +225,9 @@ class Record:
                 trial = self.trials[report.trial]
                 self._update(report.trial, reports=(*trial.reports, report), state=TrialState.RUNNING)
             case "finish":
-                self._update(
-                    body["trial"],
-                    state=TrialState(body["state"]),
-                    reason=body["reason"],
-                    weights_sha256=body["weights_sha256"],
-                    kept_epoch=body["kept_epoch"],
-                )
+                self._update(body["trial"], **_ending(body))
+            case "fold_report" | "fold_finish":
+                self.trials[body["trial"]] = with_fold(self.trials[body["trial"]], event)
             case "pause":
                 for number in body["trials"]:
                     self._update(number, state=TrialState.PAUSED)
@@ -252,6 +251,28 @@ class Record:
 
     def _update(self, number: int, **changes: Any) -> None:
         self.trials[number] = dataclasses.replace(self.trials[number], **changes)
+
+
+def with_fold(trial: Trial, event: Event) -> Trial:
+    """The trial after a "fold_report" or "fold_finish" event of one of its folds."""
+    folds, body = list(trial.folds), event.body
+    fold = folds[body["fold"]]
+    if event.kind == "fold_report":
+        report = Report(
+            trial=trial.number, epoch=body["epoch"], metrics=body["metrics"], seconds=body["seconds"]
+        )
+        fold = dataclasses.replace(fold, reports=(*fold.reports, report), state=TrialState.RUNNING)
+    else:
+        fold = dataclasses.replace(fold, **_ending(body))
+    folds[body["fold"]] = fold
+    state = TrialState.RUNNING if trial.state is TrialState.WAITING else trial.state
+    return dataclasses.replace(trial, folds=tuple(folds), state=state)
+
+
+def _ending(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a trial that a "finish" event sets."""
+    fields = {name: body[name] for name in ("reason", "weights_sha256", "kept_epoch")}
+    return {**fields, "state": TrialState(body["state"])}
 
 
 def _connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
@@ -330,12 +351,28 @@ def _revive(value: Any) -> Any:
     return [_revive(item) for item in value] if isinstance(value, list) else value
 
 
+# -- weights ------------------------------------------------------------------------------------------
+
+
+def weights_of(record: Record, trial: Trial) -> StateFile | None:
+    """The file with the weights of the best trial: with folds those of its last training, once it is done."""
+    if not trial.folds:
+        return record.state_files["best"][-1]
+    return refitted(record, trial)
+
+
+def refitted(record: Record, trial: Trial) -> StateFile | None:
+    """The file with the weights that the trial's last training gave."""
+    files = record.state_files.get(REFIT, [])
+    return next((file for file in reversed(files) if file.meta["trial"] == trial.number), None)
+
+
 # -- the events that make up a trial's life ------------------------------------------------------------
 
 
-def trial_event(number: int, round: int, hparams: Mapping[str, Any], signature: str) -> Event:
+def trial_event(number: int, round: int, hparams: Mapping[str, Any], signature: str, folds: int = 0) -> Event:
     body = {"trial": number, "round": round, "hparams": dict(hparams), "signature": signature}
-    return Event(kind="trial", body=body)
+    return Event(kind="trial", body=body | ({"folds": folds} if folds else {}))
 
 
 def report_event(report: Report) -> Event:

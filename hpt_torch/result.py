@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpt_torch import checkpoint
-from hpt_torch.record import Record
+from hpt_torch.record import Record, weights_of
 from hpt_torch.report import Summary, summarise
 from hpt_torch.report.export import trials_csv, write_exports, write_page
 from hpt_torch.report.terminal import show_value
@@ -76,7 +76,9 @@ class Result:
             raise RunError("best_model() needs the task: Result(path, task)")
         best = self.best
         with Record(self.path / "run.db", readonly=True) as record:
-            file = record.state_files["best"][-1]
+            file = weights_of(record, best)
+        if file is None:
+            raise RunError(f"{self.path} has no model yet: its best trial is trained again at the end")
         weights, _ = checkpoint.load(self.path / "checkpoints" / file.name, file.sha256)
         model = base.build(self._task, self.hparams(), best.number, self._seed)
         dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from hpt_torch import __version__
+from hpt_torch import __version__, engines
 from hpt_torch import recipe as recipes
 from hpt_torch.checkpoint import write_atomic
-from hpt_torch.data import Data, Rows
-from hpt_torch.data.stream import fitted
-from hpt_torch.executors import InlineExecutor, ProcessExecutor, Training, processes
+from hpt_torch.data import Rows
+from hpt_torch.data import folds as cross_validation
+from hpt_torch.executors import processes
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
 from hpt_torch.observers import Observer
@@ -35,9 +35,6 @@ from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.rundir import RunDir, environment
 from hpt_torch.space import Choice, freeze
 from hpt_torch.task import Task
-from hpt_torch.trainers import base
-from hpt_torch.trainers.fused import FusedTrainer
-from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
     HParams,
@@ -48,6 +45,7 @@ from hpt_torch.types import (
     RecipeError,
     RunError,
     RunMismatchError,
+    TaskError,
 )
 
 RUN_ROOT = Path("runs")
@@ -90,6 +88,7 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
         )
     if device == "mps" and recipe.trainer.dtype == "float64":
         problems.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
+    problems += _check_folds(recipe, task)
     if not problems:
         problems += _check_model(recipe, specs, task)
     if problems:
@@ -116,6 +115,19 @@ def _check_model(recipe: Recipe, specs: Mapping[str, HParamSpec], task: Task) ->
         task.build_model({**_fixed(recipe, specs), **lows})
     except (InfeasibleError, RuntimeError, MemoryError) as error:
         return [Problem("hparams", f"allow no model: {error}")]
+    return []
+
+
+def _check_folds(recipe: Recipe, task: Task) -> list[Problem]:
+    """Whether the rows can be cut as [evaluation] and [final] want it."""
+    folding = recipes.folding_of(recipe)
+    try:
+        if folding is not None:
+            cross_validation.check(task.data(), folding, recipe.seed)
+        elif recipes.refits(recipe):
+            cross_validation.pooled(task.data())
+    except TaskError as error:
+        return [Problem("evaluation.folds" if folding is not None else "final.refit", str(error))]
     return []
 
 
@@ -148,7 +160,7 @@ def run(
     with directory, Record(directory.record) as record:
         if record.last("run") is None:
             device, threads = _device(checked.recipe.trainer.device), checked.recipe.trainer.threads
-            forks = _forks(checked.recipe, device)
+            forks = engines.forks(checked.recipe, device)
             started = {"device": device.type, "threads": threads or (1 if forks else torch.get_num_threads())}
             record.append(Event(kind="run", body={**wanted, **started}))
         begun = record.of_kind("run")[0].body
@@ -159,7 +171,7 @@ def run(
         if checked.recipe.trainer.tf32:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}
-        data = _data(checked, device)
+        data = engines.data_on(checked.task.data(), checked.recipe, device)
         where["train_rows"] = f"{'on' if isinstance(data.train, Rows) else 'streamed to'} {device}"
         session = {
             "pid": os.getpid(),
@@ -170,8 +182,8 @@ def run(
         record.append(Event(kind="session", body=session))
         directory.write_json(directory.environment, where)
         write_atomic(directory.recipe, checked.recipe.to_toml().encode())
-        trainers = _trainers(checked, data, device)
-        executor = _executor(checked, data, device, trainers)
+        trainers = engines.trainers(checked.task, checked.recipe, checked.objective, data, device)
+        executor = engines.executor(checked.recipe, checked.objective, data, device, trainers)
         with (
             contextlib.closing(executor),
             contextlib.closing(trainers["loop"]),
@@ -192,66 +204,6 @@ def run(
             tuner.run()
         if received:
             raise Interrupted(received[0], f"stopped; everything is saved in {path}")
-
-
-def _data(checked: Checked, device: torch.device) -> Data:
-    """The data on the device; train rows that are too many for it are left in memory and streamed."""
-    data, dtype = checked.task.data(), getattr(torch, checked.recipe.trainer.dtype)
-    if device.type == "cuda":
-        data = fitted(data, dtype, torch.cuda.mem_get_info(device)[0])
-    return data.to(device, dtype)
-
-
-def _trainers(checked: Checked, data: Data, device: torch.device) -> dict[str, LoopTrainer]:
-    """The engines, by name. They share their data, so that closing one of them closes it for all."""
-    settings = checked.recipe.trainer
-    dtype = getattr(torch, settings.dtype)
-    seed = checked.recipe.seed if settings.seed is None else settings.seed
-    keeps_best = settings.keep == "best" or settings.patience is not None
-    probe = base.probe(data.train, data.valid, checked.recipe.seed)
-    engines: dict[str, type[LoopTrainer]] = {"loop": LoopTrainer, "fused": FusedTrainer}
-    return {
-        name: engine(
-            checked.task,
-            data,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            epochs=settings.epochs,
-            keep=checked.objective if keeps_best else None,
-            autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
-            probe=probe,
-        )
-        for name, engine in engines.items()
-    }
-
-
-def _forks(recipe: Recipe, device: torch.device) -> bool:
-    """Whether trials train in worker processes of one thread each: two of those beat one of two threads."""
-    if recipe.executor != "auto":
-        return recipe.executor == "processes"
-    alone = recipes.planned_trials(recipe) == 1  # nobody else would use the other cores
-    return device.type == "cpu" and processes.supported() and not alone
-
-
-def _executor(
-    checked: Checked, data: Data, device: torch.device, trainers: Mapping[str, LoopTrainer]
-) -> InlineExecutor | ProcessExecutor:
-    settings = checked.recipe.trainer
-    training = Training(
-        trainers=trainers,
-        objective=checked.objective,
-        epochs=settings.epochs,
-        patience=settings.patience,
-        save_every_seconds=checked.recipe.run.checkpoint_every_seconds,
-    )
-    workers = checked.recipe.run.workers or processes.cores()
-    whole = isinstance(data.train, Rows) and isinstance(data.valid, Rows)  # a stream has processes of its own
-    if not _forks(checked.recipe, device) or not whole or device.type != "cpu":
-        return InlineExecutor(training)
-    executor = ProcessExecutor(training, workers)
-    executor.start()  # before observers start threads
-    return executor
 
 
 # -- continuing ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpt_torch import checkpoint, samplers
+from hpt_torch import checkpoint, crossval, samplers
 from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.executors.segment import State
@@ -22,17 +22,21 @@ from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
 from hpt_torch.planning import Planning
 from hpt_torch.race import Race
-from hpt_torch.recipe import Recipe, planned_trials, pruner_of, scheduler_of
+from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, refits, scheduler_of
 from hpt_torch.record import (
+    REFIT,
     Event,
     Record,
     StateFile,
     finish_event,
     pause_event,
+    refitted,
     report_event,
     state_event,
     trial_event,
+    weights_of,
 )
+from hpt_torch.refit import refit
 from hpt_torch.rundir import RunDir
 from hpt_torch.task import Task
 from hpt_torch.trainers.base import evaluate
@@ -79,7 +83,9 @@ class Tuner:
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
         self.total = planned_trials(recipe)
-        self.planning = Planning(record, trainers, recipe.trainer.engine, say=self.say)
+        folding = folding_of(recipe)
+        self.folds = folding.count if folding is not None else 0
+        self.planning = Planning(record, trainers, recipe.trainer.engine, say=self.say, folds=self.folds)
         self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         if self.scheduler is not None and self.total is not None:
@@ -107,6 +113,8 @@ class Tuner:
                     break
             if self.timed_out and not self.stopped:
                 self._pause()
+            if not self.stopped and self.best is not None and refits(self.recipe):
+                refit(self, self.best)
             if not self.stopped:
                 self._read_holdout()
         finally:
@@ -157,7 +165,8 @@ class Tuner:
         events = []
         for trial, point in zip(numbers, points, strict=True):
             full = {**self.fixed, **point}
-            events.append(trial_event(trial, number, point, signature(full, self.trainer.dynamic)))
+            signed = signature(full, self.trainer.dynamic)
+            events.append(trial_event(trial, number, point, signed, self.folds))
         if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
@@ -180,7 +189,7 @@ class Tuner:
             if boundary.broken:
                 self.fall_back(chunk, boundary.broken)
                 continue
-            events = self.events_of(boundary)
+            events = self.events_of(boundary, chunk.fold)
             if boundary.state is not None:
                 events.append(self.save(chunk.key, boundary.state))
             self.commit(*events)
@@ -191,8 +200,8 @@ class Tuner:
         self.commit(Event(kind="fallback", body={"key": chunk.key, "reason": reason}))
         self.say(f"trials {list(chunk.trials)} failed together and are trained one by one")
 
-    def segment(self, chunk: Chunk) -> Segment:
-        """The chunk to its end, from its newest good state."""
+    def segment(self, chunk: Chunk, until_epoch: int | None = None) -> Segment:
+        """The chunk to its end (default: the recipe's epochs), from its newest good state."""
         state = None
         for file in reversed(self.record.state_files.get(chunk.key, [])[-KEEP_STATES:]):
             try:
@@ -205,9 +214,10 @@ class Tuner:
             trials=chunk.trials,
             hparams=[self.hparams_of(self.record.trials[n]) for n in chunk.trials],
             engine=chunk.engine,
-            until_epoch=self.recipe.trainer.epochs,
+            until_epoch=self.recipe.trainer.epochs if until_epoch is None else until_epoch,
             state=state,
-            bar=self.bar,
+            bar=self.bar if chunk.engine != REFIT else None,
+            fold=chunk.fold,
         )
 
     @property
@@ -215,9 +225,12 @@ class Tuner:
         """The best trial's score so far."""
         return self.objective.score(self.best) if self.best is not None else None
 
-    def events_of(self, boundary: Boundary) -> list[Event]:
+    def events_of(self, boundary: Boundary, fold: int | None = None) -> list[Event]:
         """What the boundary brought that is not recorded yet; the best weights' file is written first."""
-        events = [report_event(report) for report in boundary.reports if self._is_new(report)]
+        new = [report for report in boundary.reports if self._is_new(report, fold)]
+        if fold is not None:
+            return crossval.fold_events(self.record, boundary, fold, new)
+        events = [report_event(report) for report in new]
         for trial, (state, reason) in boundary.ended_badly.items():
             if not self.record.trials[trial].state.is_finished:  # it may be a replay
                 events.append(finish_event(trial, state, reason))
@@ -242,12 +255,14 @@ class Tuner:
             return done.trial < best.number
         return self.objective.better(done.score, score)
 
-    def _is_new(self, report: Report) -> bool:
+    def _is_new(self, report: Report, fold: int | None) -> bool:
         """False for a report that is already recorded; a replay that differs from it is an error."""
         recorded = self.record.report_at(report.trial, report.epoch)
+        if fold is not None:
+            recorded = crossval.recorded(self.record, report.trial, fold, report.epoch)
         if recorded is None:
             return True
-        if report.trial in self.planning.fallen():
+        if (report.trial, fold) in self.planning.fallen():
             return False  # trained by another engine since, which rounds differently
         if dict(recorded.metrics) != dict(report.metrics):
             name = next(n for n in recorded.metrics if recorded.metrics[n] != report.metrics.get(n))
@@ -279,8 +294,10 @@ class Tuner:
 
     def _needed_files(self) -> set[str]:
         """The state files that going on may read."""
-        needed = {file.name for file in self.record.state_files.get("best", [])[-1:]}
+        needed = {f.name for key in ("best", REFIT) for f in self.record.state_files.get(key, [])[-1:]}
         open_keys = [chunk.key for chunk in self.planning.open_chunks()]
+        if self.best is not None:
+            open_keys.append(f"refitting-{self.best.number}")
         for key in [POPULATION] if self.scheduler is not None else open_keys:
             needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}
         return needed
@@ -310,13 +327,23 @@ class Tuner:
         read = self.record.last("holdout")
         if best is None or data.holdout is None or (read is not None and read.body["trial"] == best.number):
             return
-        file = self.record.state_files["best"][-1]
+        file = weights_of(self.record, best)
+        if file is None:
+            return  # its last training failed
+        trainer = self.trainers[REFIT] if best.folds else self.trainer
+        body = {"trial": best.number, "metrics": self._held_out(trainer, best, file)}
+        again = None if best.folds else refitted(self.record, best)
+        if again is not None:
+            body["refit"] = self._held_out(self.trainers[REFIT], best, again)
+        self.commit(Event(kind="holdout", body={**body, "rows": len(data.holdout)}))
+
+    def _held_out(self, trainer: LoopTrainer, trial: Trial, file: StateFile) -> dict[str, float]:
+        """The metrics of these weights on the hold-out rows."""
+        assert trainer.data.holdout is not None
         weights, _ = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
-        model = self.trainer.load(self.hparams_of(best), best.number, weights)
-        metrics = {f"holdout/{k}": v for k, v in evaluate(self.task, model, data.holdout).items()}
-        self.commit(
-            Event(kind="holdout", body={"trial": best.number, "metrics": metrics, "rows": len(data.holdout)})
-        )
+        model = trainer.load(self.hparams_of(trial), trial.number, weights)
+        found = evaluate(self.task, model, trainer.data.holdout)
+        return {f"holdout/{name}": value for name, value in found.items()}
 
     # -- telling ---------------------------------------------------------------------------------------
 

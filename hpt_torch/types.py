@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -44,6 +45,27 @@ class TrialState(StrEnum):
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.INFEASIBLE)
 
 
+SplitterName = Literal["auto", "kfold", "stratified", "grouped", "time"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folding:
+    """How the pool is cut. repeats: so often, each time into other folds (not for time).
+
+    splitter: stratified keeps the share of each class, grouped keeps the rows of a group together (classes
+    kept too), time trains on what lies before; auto is what the data calls for: time where it is ordered,
+    grouped where it has groups, stratified for one class a row, else kfold.
+    """
+
+    folds: int
+    splitter: SplitterName = "auto"
+    repeats: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.folds * self.repeats
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one member measured at a boundary."""
@@ -78,10 +100,14 @@ class Trial:
     weights_sha256: str = ""
     kept_epoch: int = 0  # the epoch whose weights were kept; 0: not finished
     phases: tuple[Phase, ...] = ()  # where a scheduler changed it; then `hparams` are those of the last one
+    folds: tuple[Trial, ...] = ()  # with cross-validation: its training on each fold; reports are their means
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics that belong to the weights that were kept; the last ones while it is trained."""
+        """The metrics that belong to the weights that were kept (with folds the means of theirs); the last
+        ones while it is trained."""
+        if self.folds and self.state is TrialState.COMPLETE:
+            return means([fold.metrics for fold in self.folds])
         for report in reversed(self.reports):
             if self.kept_epoch in (0, report.epoch):
                 return report.metrics
@@ -101,6 +127,12 @@ class Trial:
         return f"<b>Trial {self.number}</b> {self.state.value}<table>{cells}</table>"
 
 
+def means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric that all of them have."""
+    names = [name for name in metrics[0] if all(name in other for other in metrics)]
+    return {name: sum(other[name] for other in metrics) / len(metrics) for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What is optimised: a metric's value at a trial's last report."""
@@ -112,6 +144,14 @@ class Objective:
         """The trial's value, or None where it has none that is finite."""
         value = trial.metrics.get(self.metric)
         return value if value is not None and math.isfinite(value) else None
+
+    def standard_error(self, trial: Trial) -> float | None:
+        """Of the mean over the trial's folds; None without folds. Folds share train rows, so it is too small
+        rather than too large (Bengio and Grandvalet 2004)."""
+        values = [score for fold in trial.folds if (score := self.score(fold)) is not None]
+        if len(values) < 2 or len(values) < len(trial.folds):
+            return None
+        return statistics.stdev(values) / math.sqrt(len(values))
 
     def better(self, a: float, b: float) -> bool:
         return a > b if self.direction == "maximize" else a < b

@@ -171,6 +171,11 @@ class Data:
     std: Tensor | None = None  # (C, 1, 1)
     classes: tuple[str, ...] = ()  # their names, for display; for text, the characters
     columns: tuple[Column, ...] = ()  # of a table, as they were read: ``print(*data.columns, sep="\n")``
+    # What folds need to know. Which features were standardised, on the rows of train; whether the rows of
+    # train lie in time before those of valid; (train + valid rows,), rows that must stay together.
+    standardised: bool | tuple[bool, ...] = False
+    ordered: bool = False
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, part in (("train", self.train), ("valid", self.valid), ("holdout", self.holdout)):

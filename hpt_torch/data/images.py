@@ -185,7 +185,7 @@ def _images(
         classes=classes,
     )
     assert isinstance(data.train, Rows)  # `split` makes no other
-    mean, std = _pixel_statistics(data.train.tensors["inputs"])
+    mean, std = pixel_statistics(data.train.tensors["inputs"])
     return dataclasses.replace(data, mean=mean, std=std)
 
 
@@ -200,7 +200,7 @@ def _limited(part: str, arrays: Mapping[str, Array], limit: int, seed: int) -> d
     return {name: torch.as_tensor(array)[chosen] for name, array in arrays.items()}
 
 
-def _pixel_statistics(pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+def pixel_statistics(pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation a channel of pixels / 255, float32 (C, 1, 1).
 
     The sums are of integers, so the result does not depend on threads or on the order of rows.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from torch import Tensor
 
 from hpt_torch.data.base import Data, Rows
@@ -32,8 +32,10 @@ def split(
     valid: Mapping[str, Array] | None = None,
     holdout: Mapping[str, Array] | None = None,
     classes: Sequence[str] = (),
+    groups: Array | None = None,
+    ordered: bool = False,
 ) -> Data:
-    """Splits rows at random into train, valid and hold-out.
+    """Splits rows into train, valid and hold-out, at random unless they are `ordered`.
 
     inputs: (N, *shape), made float32 unless integer; targets: (N,) integers (classes), (N, T) integers (a
     class at every step) or (N, …) reals.
@@ -45,7 +47,12 @@ def split(
     valid, holdout: parts that came ready-made, as mappings with `inputs`, `targets` (and `lengths`). Then no
     row is drawn for that part; `holdout_fraction` 0 leaves a ready-made hold-out away.
     classes: the names of the classes, in the order of their numbers.
+    groups: (N,) integers; rows with the same one (a patient, a speaker) stay in one part. The fractions are
+    then those of the groups.
+    ordered: the rows lie in time, and train is before valid, valid before hold-out.
     """
+    if ordered and (groups is not None or stratify):
+        raise TaskError("ordered rows are split where they lie; leave out groups and stratify, or ordered")
     for label, fraction in (("valid_fraction", valid_fraction), ("holdout_fraction", holdout_fraction)):
         if not 0 <= fraction < 1:
             raise TaskError(f"{label} must be in [0, 1), got {fraction}")
@@ -57,7 +64,8 @@ def split(
         parts["holdout"] = _checked(holdout, "holdout ", like=pool)
     y, rows = pool["targets"], len(pool["targets"])
     by_class = not y.is_floating_point()
-    stratify = by_class and y.dim() == 1 if stratify is None else stratify
+    if stratify is None:
+        stratify = by_class and y.dim() == 1 and groups is None and not ordered
 
     drawn = {"holdout": 0 if holdout is not None else round(holdout_fraction * rows)}
     drawn["valid"] = 0 if valid is not None else round(valid_fraction * rows)
@@ -71,27 +79,42 @@ def split(
             f"valid_fraction and holdout_fraction must leave rows to train on, got {valid_fraction} and "
             f"{holdout_fraction} of {rows} rows; lower one of them"
         )
-    rest = np.arange(rows)
+    rest, where = np.arange(rows), dict[str, np.ndarray]()
+    belongs = np.asarray(groups) if groups is not None else rest
+    if belongs.shape != (rows,):
+        raise TaskError(f"groups must be one integer a row, shape ({rows},), got {belongs.shape}")
+    if groups is not None and (valid is not None or holdout is not None):
+        raise TaskError("groups cannot be kept together across ready-made parts; leave one of the two out")
     for part, count in drawn.items():
         if not count:
             continue
         labels = y[torch.from_numpy(rest)].numpy() if stratify else None
+        state = derive_seed(seed, "split", part, bits=32)
         try:
-            rest, chosen = train_test_split(
-                rest, test_size=count, random_state=derive_seed(seed, "split", part, bits=32), stratify=labels
-            )
+            if ordered:
+                rest, chosen = rest[:-count], rest[-count:]
+            elif groups is not None:
+                drawing = GroupShuffleSplit(1, test_size=count / len(rest), random_state=state)
+                left, out = next(drawing.split(rest, groups=belongs[rest]))
+                rest, chosen = rest[left], rest[out]
+            else:
+                rest, chosen = train_test_split(rest, test_size=count, random_state=state, stratify=labels)
         except ValueError as error:
             raise TaskError(
                 f"cannot split off {count} of {len(rest)} rows for {part}: {error}; change {part}_fraction, "
                 "bring more rows, or pass stratify=False to split()"
             ) from error
         parts[part] = _taken(pool, chosen)
-    parts["train"] = _taken(pool, rest)
+        where[part] = np.sort(chosen)
+    parts["train"], where["train"] = _taken(pool, rest), np.sort(rest)
     if standardise is not False:
-        _standardise(parts, standardise)
+        standardised(parts, standardise)
     for tensors in parts.values():
         if tensors["inputs"].is_floating_point():
             tensors["inputs"] = tensors["inputs"].float()
+    together = None
+    if groups is not None:
+        together = torch.from_numpy(belongs[np.concatenate((where["train"], where["valid"]))])
     return Data(
         train=Rows(parts["train"]),
         valid=Rows(parts["valid"]),
@@ -99,6 +122,9 @@ def split(
         out_features=_out_features(parts, classes),
         name=name,
         classes=tuple(classes),
+        standardised=standardise if isinstance(standardise, bool) else tuple(standardise),
+        ordered=ordered,
+        groups=together,
     )
 
 
@@ -185,7 +211,8 @@ def _checked_lengths(lengths: Tensor, x: Tensor, part: str) -> Tensor:
     return lengths
 
 
-def _standardise(parts: dict[str, dict[str, Tensor]], chosen: bool | Sequence[bool]) -> None:
+def standardised(parts: Mapping[str, dict[str, Tensor]], chosen: bool | Sequence[bool]) -> None:
+    """Standardises the inputs of all parts on the rows of "train", as `split` says; in float64."""
     train = parts["train"]
     seen = train["inputs"].double()
     if seen.dim() == 3:

@@ -34,6 +34,16 @@ class Segment:
     state: State | None = None  # None: they are new
     ended: Sequence[int] = ()  # trials of it that are not to be trained any more
     bar: float | None = None  # the best score so far: weights that do not beat it are not sent
+    fold: int | None = None  # of cross-validation: whose data it trains on; no weights are sent
+
+    @property
+    def trainer(self) -> str:
+        """The name of its trainer."""
+        return trainer_name(self.engine, self.fold)
+
+
+def trainer_name(engine: str, fold: int | None) -> str:
+    return engine if fold is None else f"{engine}/{fold}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +74,7 @@ class Boundary:
 class Training:
     """Runs segments. patience: a trial ends after so many epochs without a better score."""
 
-    trainers: Mapping[str, LoopTrainer]  # by engine
+    trainers: Mapping[str, LoopTrainer]  # by `trainer_name`; "refit": of the rows of train and valid together
     objective: Objective
     epochs: int
     patience: int | None
@@ -75,7 +85,7 @@ class Training:
 
         The state comes as well whenever `save_every_seconds` have passed, also inside an epoch.
         """
-        trainer = self.trainers[segment.engine]
+        trainer = self.trainers[segment.trainer]
         try:
             population = trainer.init(segment.trials, segment.hparams)
         except InfeasibleError as error:
@@ -99,13 +109,13 @@ class Training:
             try:
                 result = trainer.train(population, until, should_pause=should_pause)
             except (Exception, SystemExit):  # user code; one by one the culprit will show
-                if segment.engine == "loop":
+                if segment.engine != "fused":
                     raise
                 yield Boundary(key=segment.key, broken=traceback.format_exc(limit=-8), over=True)
                 return
             boundary = Boundary(key=segment.key, reports=result.reports)
             boundary.ended_badly = {t: (TrialState.FAILED, why) for t, why in result.failed.items()}
-            bar = self._finish(trainer, population, boundary, bar)
+            bar = self._finish(segment, population, boundary, bar)
             left = [e for e, on in zip(population.epoch, population.active, strict=True) if on]
             stopping = should_stop()
             boundary.over = stopping or not left or min(left) >= segment.until_epoch
@@ -122,12 +132,13 @@ class Training:
         )
 
     def _finish(
-        self, trainer: LoopTrainer, population: Population, boundary: Boundary, bar: float | None
+        self, segment: Segment, population: Population, boundary: Boundary, bar: float | None
     ) -> float | None:
         """Takes out the members that are done; returns the best score so far."""
+        trainer = self.trainers[segment.trainer]
         scores = {report.trial: report.metrics.get(self.objective.metric) for report in boundary.reports}
         for i, trial in enumerate(population.trials):
-            if not population.active[i] or population.batch[i] or not self._is_done(population, i):
+            if not population.active[i] or population.batch[i] or not self._is_done(segment, population, i):
                 continue
             population.active[i] = False
             weights = trainer.weights(population, i)
@@ -139,7 +150,11 @@ class Training:
             boundary.finished.append(
                 Finished(trial=trial, weights_sha256=sha256, kept_epoch=kept, score=score)
             )
-            if score is None or (bar is not None and self.objective.better(bar, score)):
+            if (
+                segment.fold is not None
+                or score is None
+                or (bar is not None and self.objective.better(bar, score))
+            ):
                 continue
             # As good as the bar is sent too: where scores are equal the lower number is the best.
             if boundary.best is None or bar is None or self.objective.better(score, bar):
@@ -147,7 +162,9 @@ class Training:
             bar = score
         return bar
 
-    def _is_done(self, population: Population, i: int) -> bool:
+    def _is_done(self, segment: Segment, population: Population, i: int) -> bool:
         epoch = population.epoch[i]
+        if segment.engine == "refit":
+            return epoch >= segment.until_epoch
         waited = epoch - population.best_epoch[i]
         return epoch >= self.epochs or (self.patience is not None and waited >= self.patience)

@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from hpt_torch.record import Record
+from hpt_torch.record import Record, StateFile, refitted, weights_of
 from hpt_torch.report.page import page
 from hpt_torch.report.schedule import schedule_csv, schedule_recipe
 from hpt_torch.report.summary import Summary
@@ -64,7 +64,23 @@ def write_exports(record: Record, summary: Summary, path: Path) -> None:
     (path / "trials.csv").write_text(trials_csv(summary))
     if summary.best is None:
         return
-    file = record.state_files["best"][-1]
+    best = path / "best"
+    best.mkdir(exist_ok=True)
+    again = refitted(record, summary.best)
+    file = weights_of(record, summary.best)
+    if file is not None:
+        (best / "weights.safetensors").write_bytes(_read(path, file))
+    if again is not None and again is not file:
+        (best / "refit.safetensors").write_bytes(_read(path, again))
+    (best / "hparams.toml").write_text(hparams_toml(summary))
+    if summary.best.phases:
+        (best / "schedule.csv").write_text(schedule_csv(summary))
+        recipe = schedule_recipe(record.of_kind("run")[0].body["recipe"], summary)
+        (best / "schedule.toml").write_text(tomli_w.dumps(recipe))
+
+
+def _read(path: Path, file: StateFile) -> bytes:
+    """The bytes of a weights file of the run at `path`, which must be those that were recorded."""
     source = path / "checkpoints" / file.name
     try:
         data = source.read_bytes()
@@ -74,14 +90,7 @@ def write_exports(record: Record, summary: Summary, path: Path) -> None:
         raise DamageError(
             f"the best trial's weights, {source}, are damaged: their SHA-256 is not the recorded one"
         )
-    best = path / "best"
-    best.mkdir(exist_ok=True)
-    (best / "weights.safetensors").write_bytes(data)
-    (best / "hparams.toml").write_text(hparams_toml(summary))
-    if summary.best.phases:
-        (best / "schedule.csv").write_text(schedule_csv(summary))
-        recipe = schedule_recipe(record.of_kind("run")[0].body["recipe"], summary)
-        (best / "schedule.toml").write_text(tomli_w.dumps(recipe))
+    return data
 
 
 def hparams_toml(summary: Summary) -> str:

@@ -23,6 +23,7 @@ class Summary:
     trials: list[Trial]
     best: Trial | None
     holdout: Mapping[str, float]
+    holdout_refit: Mapping[str, float]  # of the best trial trained again on train and valid rows, beside it
     holdout_rows: int
     holdout_reads: int
     seconds: float  # wall-clock of all sessions
@@ -77,6 +78,7 @@ def summarise(record: Record) -> Summary:
         trials=record.in_order(),
         best=best,
         holdout=reading["metrics"] if current else {},
+        holdout_refit=reading.get("refit", {}) if current else {},
         holdout_rows=reading["rows"],
         holdout_reads=len(readings),
         seconds=record.seconds_used(),
@@ -99,9 +101,11 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             "hparams": _plain(best.hparams),
             "metrics": dict(best.metrics),
             "all_hparams": _plain(summary.full_hparams(best)),
+            "standard_error": summary.objective.standard_error(best),
         },
         "holdout": {
             "metrics": dict(summary.holdout),
+            "refit": dict(summary.holdout_refit),
             "rows": summary.holdout_rows,
             "reads": summary.holdout_reads,
         },
@@ -132,7 +136,11 @@ def canonical(summary: Summary) -> str:
             "hparams": _plain(best.hparams),
             "metrics": dict(best.metrics),
         },
-        "holdout": {"metrics": dict(summary.holdout), "rows": summary.holdout_rows},
+        "holdout": {
+            "metrics": dict(summary.holdout),
+            "refit": dict(summary.holdout_refit),
+            "rows": summary.holdout_rows,
+        },
         "trials": [
             {
                 **_trial(trial),
@@ -155,6 +163,15 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "epoch": trial.epoch,
         "kept_epoch": trial.kept_epoch,
         "weights_sha256": trial.weights_sha256,
+        "folds": [
+            {
+                "state": f.state.value,
+                "metrics": dict(f.metrics),
+                "kept_epoch": f.kept_epoch,
+                "weights_sha256": f.weights_sha256,
+            }
+            for f in trial.folds
+        ],
         "phases": [
             {"generation": p.generation, "epoch": p.epoch, "source": p.source, "hparams": _plain(p.hparams)}
             for p in trial.phases

@@ -61,6 +61,11 @@ def _answer(summary: Summary) -> list[Text]:
             ("Best: ", "bold"), f"trial {best.number} with {metric} = ", (f"{score:.4f}", "bold green")
         )
     )
+    error = summary.objective.standard_error(best)
+    if error is not None:
+        scores = [summary.objective.score(fold) or 0.0 for fold in best.folds]
+        spread = f"{min(scores):.4f} to {max(scores):.4f}"
+        lines.append(Text(f"  mean of {len(scores)} folds, standard error {error:.4f}; {spread}"))
     searched = ", ".join(f"{name} = {show_value(value)}" for name, value in best.hparams.items())
     if searched:
         lines.append(Text(f"  {searched}"))
@@ -73,6 +78,9 @@ def _answer(summary: Summary) -> list[Text]:
         lines.append(
             Text(f"  hold-out {held:.4f} on {summary.holdout_rows} rows that no decision saw, read {reads}")
         )
+    again = summary.holdout_refit.get("holdout/" + metric.removeprefix("valid/"))
+    if again is not None:
+        lines.append(Text(f"  trained again on train and valid rows: hold-out {again:.4f}"))
     return lines
 
 

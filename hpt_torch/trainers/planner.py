@@ -27,6 +27,7 @@ class Chunk:
     trials: tuple[int, ...]
     engine: str  # loop, or fused
     why: str  # in words, for the log
+    fold: int | None = None  # of cross-validation, from 0
 
 
 def plan(
@@ -36,21 +37,26 @@ def plan(
     device: str,
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int]], str | None],
+    folds: int = 0,
 ) -> list[Chunk]:
-    """The chunks of a round, in the order of their first trials.
+    """The chunks of a round, in the order of their first trials; with folds, each once a fold.
 
     signatures: (trial, signature) in order. engine: auto, loop or fused. device: its type. traits: of a
     trial's model; why_not: why trials cannot be mapped together. Both are asked only where they matter.
     """
     groups: dict[str, list[int]] = {}
+    parts = range(folds) if folds else [None]
     for trial, signature in signatures:
         groups.setdefault(signature, []).append(trial)
     chunks = []
     for trials in groups.values():
-        for part in _split(trials, _largest(len(trials), len(groups), engine, device)):
+        for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device)):
             chosen, why = _choose(part, engine, device, traits, why_not)
             pieces = [part] if chosen == "fused" else [[trial] for trial in part]
-            chunks += [Chunk(f"chunk-{piece[0]}", tuple(piece), chosen, why) for piece in pieces]
+            for piece in pieces:
+                for fold in parts:
+                    key = f"chunk-{piece[0]}" + ("" if fold is None else f"-fold-{fold}")
+                    chunks.append(Chunk(key, tuple(piece), chosen, why, fold))
     return sorted(chunks, key=lambda chunk: chunk.trials[0])
 
 

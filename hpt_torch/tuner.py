@@ -296,7 +296,7 @@ class Tuner:
         """The state files that going on may read."""
         needed = {f.name for key in ("best", REFIT) for f in self.record.state_files.get(key, [])[-1:]}
         open_keys = [chunk.key for chunk in self.planning.open_chunks()]
-        if self.best is not None:
+        if self.best is not None and refitted(self.record, self.best) is None:
             open_keys.append(f"refitting-{self.best.number}")
         for key in [POPULATION] if self.scheduler is not None else open_keys:
             needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}

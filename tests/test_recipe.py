@@ -95,6 +95,14 @@ lower = 0.1
 upper = 0.9
 patience_epochs = 2
 
+[evaluation]
+folds = 4
+splitter = "kfold"
+repeats = 2
+
+[final]
+refit = true
+
 [run]
 checkpoint_every_seconds = 1.5
 workers = 3

@@ -1,0 +1,300 @@
+"""Coarse to fine: from trials with a known truth to the space that ought to come next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from hpt_torch import space as spaces
+from hpt_torch.evidence import judge
+from hpt_torch.refine import Refinement, refine
+from hpt_torch.seeding import generator
+from hpt_torch.space import Choice, Float, Int, Space
+from hpt_torch.types import Objective, Phase, Report, Trial, TrialState, UserInputError
+
+ACCURACY = Objective(metric="valid/accuracy", direction="maximize")
+LOSS = Objective(metric="valid/loss", direction="minimize")
+Score = Callable[[dict[str, Any]], float]
+
+
+def trial(number: int, score: float, objective: Objective = ACCURACY, **hparams: Any) -> Trial:
+    report = Report(trial=number, epoch=5, metrics={objective.metric: score}, seconds=0.1)
+    return Trial(
+        number=number, round=0, hparams=hparams, signature="", state=TrialState.COMPLETE, reports=(report,),
+        kept_epoch=5,
+    )  # fmt: skip
+
+
+def search(
+    space: Space, score: Score, *, trials: int = 60, noise: float = 0.02, seed: int = 0,
+    objective: Objective = ACCURACY,
+) -> list[Trial]:  # fmt: skip
+    """Random search; the score is the truth with a little noise."""
+    rng = generator(seed, "test refine")
+    found = []
+    for number in range(trials):
+        point: dict[str, Any] = {}
+        for name in spaces.ordered(space):
+            dimension = space[name]
+            if not spaces.is_active(dimension, point):
+                continue
+            if isinstance(dimension, Choice):
+                point[name] = dimension.options[rng.integers(len(dimension.options))]
+            elif dimension.step is not None:
+                point[name] = dimension.values()[rng.integers(dimension.count() or 1)]
+            elif spaces.is_log(name, dimension):
+                low, high = math.log(dimension.low), math.log(dimension.high)
+                point[name] = math.exp(rng.uniform(low, high))
+            else:
+                point[name] = float(rng.uniform(dimension.low, dimension.high))
+        found.append(trial(number, score(point) + noise * rng.standard_normal(), objective, **point))
+    return found
+
+
+def hill(peak: float) -> Score:
+    """Highest at a learning rate."""
+    return lambda point: 0.9 - 0.1 * (math.log10(point["lr"]) - math.log10(peak)) ** 2
+
+
+LR: Space = {"lr": Float(1e-5, 1.0), "dropout": Float(0.0, 0.5)}
+
+
+def bounds(found: Refinement, name: str) -> tuple[float, float]:
+    dimension = found.space[name]
+    assert not isinstance(dimension, Choice)
+    return dimension.low, dimension.high
+
+
+# -- ranges --------------------------------------------------------------------------------------------
+
+
+def test_a_range_is_narrowed_to_where_the_best_trials_lie_and_says_why() -> None:
+    found = refine(LR, search(LR, hill(1e-2)), ACCURACY)
+    low, high = bounds(found, "lr")
+    assert 1e-5 < low < 1e-2 < high < 1.0
+    assert low > 1e-4
+    assert found.reasons["lr"].startswith("none of the best 12 of 60 trials is below 0.00")
+    assert " or above 0." in found.reasons["lr"]
+    assert found.space["dropout"].default is not None  # the best trial's
+    assert bounds(found, "dropout") == (0.0, 0.5)
+    assert "does not visibly depend on it" in found.reasons["dropout"]
+    assert found.changed == {"lr"}
+
+
+def test_lower_is_better_where_the_objective_says_so() -> None:
+    def loss(point: dict[str, Any]) -> float:
+        return -hill(1e-2)(point)
+
+    found = refine(LR, search(LR, loss, objective=LOSS), LOSS)
+    low, high = bounds(found, "lr")
+    assert 1e-4 < low < 1e-2 < high < 1.0
+
+
+def test_the_best_region_stays_inside_and_what_does_not_matter_is_left() -> None:
+    """Over many searches: the truth is never cut off, and noise rarely passes for evidence."""
+    cut, narrowed, searches = 0, 0, 60
+    for seed in range(searches):
+        found = refine(LR, search(LR, hill(1e-2), trials=50, noise=0.03, seed=seed), ACCURACY)
+        low, high = bounds(found, "lr")
+        cut += not low <= 1e-2 <= high
+        narrowed += "dropout" in found.changed
+        assert (low, high) != (1e-5, 1.0)
+    assert cut == 0
+    assert narrowed <= 3
+
+
+def test_where_the_best_trials_crowd_the_bound_is_widened() -> None:
+    space = {"lr": Float(1e-4, 1e-1)}
+    found = refine(space, search(space, hill(1.0)), ACCURACY)
+    low, high = bounds(found, "lr")
+    assert high == pytest.approx(0.57)  # a quarter of three decades, to two digits
+    assert low > 1e-4
+    assert "lie at least 0.0501, so the upper bound is widened; none of" in found.reasons["lr"]
+    low, high = bounds(refine(space, search(space, hill(1e-5)), ACCURACY), "lr")
+    assert low == pytest.approx(1.7e-5)
+    assert high < 1e-1
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension", "up", "bound"),
+    [
+        ("dropout", Float(0.0, 0.5), False, 0.0),  # nothing is below 0
+        ("momentum", Float(0.0, 0.9), True, 0.95),  # 1 itself is not allowed: half way to it
+        ("step_gamma", Float(0.1, 0.9), True, 1.0),  # 1 itself is allowed
+        ("own", Float(0.0, 1.0), True, 1.3),  # a module's own argument may go anywhere above 0
+        ("own", Float(0.0, 1.0), False, 0.0),
+        ("own", Float(-1.0, 1.0), False, -1.5),
+        ("momentum", Float(0.0, 0.9, step=0.1), True, 0.9),
+        ("kernel_size", Int(2, 20), False, 1),
+        ("kernel_size", Int(1, 20, step=2), False, 1),
+        ("kernel_size", Int(3, 31, step=2), True, 39),
+    ],
+)
+def test_no_bound_goes_beyond_what_the_hyperparameter_allows(
+    name: str, dimension: Float | Int, up: bool, bound: float
+) -> None:
+    space = {name: dimension}
+
+    def score(point: dict[str, Any]) -> float:
+        share = (point[name] - dimension.low) / (dimension.high - dimension.low)
+        return float(share if up else 1 - share)
+
+    found = refine(space, search(space, score, noise=0.001), ACCURACY)
+    assert bounds(found, name)[up] == pytest.approx(bound)
+    stuck = bound == (dimension.high if up else dimension.low)
+    assert ("but it can go no further" in found.reasons[name]) == stuck
+    assert type(found.space[name]) is type(dimension)
+
+
+def test_steps_stay_on_their_grid() -> None:
+    space: Space = {"batch_size": Int(16, 256, step=16), "dropout": Float(0.0, 0.9, step=0.05)}
+
+    def score(point: dict[str, Any]) -> float:
+        return -abs(point["batch_size"] - 112) / 256 - abs(point["dropout"] - 0.4)
+
+    found = refine(space, search(space, score, trials=120, noise=0.005), ACCURACY)
+    for name, inside in (("batch_size", 112), ("dropout", 0.4)):
+        old, new = space[name], found.space[name]
+        assert isinstance(old, (Int, Float))
+        assert isinstance(new, (Int, Float))
+        assert old.low < new.low < inside < new.high < old.high
+        assert old.contains(new.low)
+        assert old.contains(new.high)
+        assert new.step == old.step
+        assert new.contains(inside)
+
+
+def test_a_range_with_one_value_or_hardly_any_is_left_or_kept_whole() -> None:
+    space: Space = {"layers": Int(1, 3), "only": Float(0.1, 0.1)}
+    found = refine(space, search(space, lambda p: float(p["layers"] == 2)), ACCURACY)
+    assert bounds(found, "layers") == (1, 3)
+    assert found.reasons["only"] == "left: it has one value"
+
+
+# -- choices -------------------------------------------------------------------------------------------
+
+OPTIONS: Space = {"optimizer": Choice(["sgd", "adam", "adamw"]), "lr": Float(1e-4, 1e-1)}
+
+
+def without_sgd(point: dict[str, Any]) -> float:
+    return hill(1e-2)(point) - 0.5 * (point["optimizer"] == "sgd")
+
+
+def test_an_option_that_no_good_trial_used_is_dropped_where_there_is_evidence() -> None:
+    found = refine(OPTIONS, search(OPTIONS, without_sgd), ACCURACY)
+    assert found.space["optimizer"].options == ("adam", "adamw")  # type: ignore[union-attr]
+    assert found.reasons["optimizer"].startswith('none of the best 12 trials uses "sgd" (')
+    assert found.reasons["optimizer"].endswith("and those trials are worse than the others")
+    even = refine(OPTIONS, search(OPTIONS, hill(1e-2)), ACCURACY)
+    assert even.space["optimizer"].options == ("sgd", "adam", "adamw")  # type: ignore[union-attr]
+
+
+def test_an_option_that_was_hardly_tried_is_kept() -> None:
+    many = [trial(n, 0.9 - 0.001 * n, optimizer="adam", lr=1e-2) for n in range(30)]
+    found = refine(OPTIONS, [*many, trial(30, 0.1, optimizer="sgd", lr=1e-2)], ACCURACY)
+    assert found.space["optimizer"].options == ("sgd", "adam", "adamw")  # type: ignore[union-attr]
+    assert found.reasons["optimizer"] == (
+        'left: no good trial uses "sgd", "adamw", but so few do that it may be chance'
+    )
+
+
+def test_options_that_diverge_or_allow_no_model_count_as_bad() -> None:
+    space: Space = {"kernel_size": Choice([3, 5, 9])}
+    good = [trial(n, 0.8 + 0.001 * (n % 7), kernel_size=(3, 5)[n % 2]) for n in range(24)]
+    bad = [
+        Trial(number=100 + n, round=0, hparams={"kernel_size": 9}, signature="",
+              state=TrialState.INFEASIBLE, reason="no pixels left")
+        for n in range(8)
+    ]  # fmt: skip
+    assert refine(space, [*good, *bad], ACCURACY).space["kernel_size"].options == (3, 5)  # type: ignore[union-attr]
+
+
+def test_a_list_of_numbers_is_continued_where_the_best_trials_crowd_at_its_end() -> None:
+    space: Space = {"lr": Choice([1e-4, 1e-3, 1e-2]), "batch_size": Choice([32, 64, 128]), "depth": Int(1, 3)}
+
+    def score(point: dict[str, Any]) -> float:
+        return 0.2 * math.log10(point["lr"]) - 0.2 * math.log2(point["batch_size"])
+
+    found = refine(space, search(space, score, trials=80, noise=0.001), ACCURACY)
+    assert found.space["lr"].options == (1e-3, 1e-2, 1e-1)  # type: ignore[union-attr]
+    assert found.reasons["lr"].endswith("use 0.01, the upper end, so 0.1 is new")
+    assert found.space["batch_size"].options[:2] == (16, 32)  # type: ignore[union-attr]
+    assert all(type(option) is int for option in found.space["batch_size"].options)  # type: ignore[union-attr]
+
+
+# -- conditions and defaults ---------------------------------------------------------------------------
+
+
+def test_conditions_follow_what_is_dropped() -> None:
+    space: Space = {
+        "momentum": Float(0.0, 0.9, when={"optimizer": ["sgd"]}),
+        "nesterov": Choice([True, False], when={"momentum": [0.9]}),
+        "beta1": Float(0.8, 0.99, when={"optimizer": ["sgd", "adam"]}),
+        **OPTIONS,
+    }
+    trials = search(space, without_sgd, trials=80)
+    found = refine(space, trials, ACCURACY)
+    assert set(found.space) == {"beta1", "optimizer", "lr"}
+    assert found.space["beta1"].when == {"optimizer": ("adam",)}
+    assert found.reasons["momentum"] == 'left out: it needs optimizer = "sgd", which is searched no more'
+    assert found.reasons["nesterov"] == "left out: it needs momentum = 0.9, which is searched no more"
+    assert list(found.reasons) == list(space)
+    assert spaces.check_space(found.space) == []
+
+
+def test_the_next_search_begins_at_the_best_trial() -> None:
+    trials = search(OPTIONS, without_sgd)
+    found = refine(OPTIONS, trials, ACCURACY)
+    best = ACCURACY.ranked(trials)[0]
+    assert spaces.defaults(found.space) == best.hparams
+
+
+def test_a_default_that_no_longer_fits_is_dropped() -> None:
+    space: Space = {"lr": Float(1e-5, 1.0, default=1e-5), "x": Float(0.0, 1.0, when={"lr": [1e-2]})}
+    found = refine(space, search(space, hill(1e-2)), ACCURACY)
+    assert found.space["lr"].default != 1e-5
+    assert spaces.check_space(found.space) == []
+
+
+# -- too little to go by -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 19])
+def test_few_trials_change_nothing_and_it_says_so(count: int) -> None:
+    found = refine(OPTIONS, search(OPTIONS, without_sgd, trials=count, noise=0), ACCURACY)
+    assert found.changed == frozenset()
+    said = {0: "no trial says", 1: "1 trial says", 19: "19 trials say"}[count]
+    assert set(found.reasons.values()) == {f"left: only {said} something about it, and 20 are needed"}
+
+
+def test_trials_that_changed_on_the_way_are_refused() -> None:
+    phase = Phase(generation=1, epoch=2, source=0, hparams={"lr": 0.1})
+    copied = Trial(number=1, round=0, hparams={"lr": 0.1}, signature="", phases=(phase,))
+    with pytest.raises(UserInputError, match="its good trials are copies of each other"):
+        refine(LR, [copied], ACCURACY)
+
+
+def test_a_crash_says_nothing_but_divergence_does() -> None:
+    def failed(number: int, reason: str) -> Trial:
+        return Trial(number=number, round=0, hparams={"lr": 1.0}, signature="", state=TrialState.FAILED,
+                     reason=reason)  # fmt: skip
+
+    def numbers(trials: Sequence[Trial]) -> list[int]:
+        return [t.number for t in trials]
+
+    judged = judge(
+        [failed(0, "diverged: the training loss is nan in epoch 1"), failed(1, "KeyError: 'x'"),
+         trial(2, 0.5, lr=0.1), trial(3, 0.7, lr=0.1)],
+        ACCURACY,
+    )  # fmt: skip
+    assert numbers(judged.trials) == [3, 2, 0]
+    assert numbers(judged.good) == [3, 2]
+    assert list(judged.scores) == sorted(judged.scores, reverse=True)
+
+
+def test_trials_that_tie_with_the_last_good_one_are_good_too() -> None:
+    judged = judge([trial(n, 1.0 if n < 30 else 0.5, lr=0.1) for n in range(40)], ACCURACY)
+    assert len(judged.good) == 30

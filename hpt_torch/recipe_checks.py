@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpt_torch import space as spaces
 from hpt_torch.hparams import HParamSpec
+from hpt_torch.points import check_points
 from hpt_torch.schedulers import PORTABLE
 from hpt_torch.schedulers import check_space as check_pbt_space
 from hpt_torch.space import Choice, Dimension
@@ -42,7 +43,13 @@ def cross_check(recipe: Recipe) -> list[Problem]:
                         f"the grid has {size} points, got {recipe.search.trials}; leave it out",
                     )
                 )
-    elif recipe.search.trials is None and recipe.space and recipe.search.timeout is None:
+    if recipe.search.sampler == "grid" and (recipe.search.points or recipe.search.warm_start):
+        name = "points" if recipe.search.points else "warm_start"
+        problems.append(Problem(f"search.{name}", "do not go with grid, which has its own; leave them out"))
+    problems += check_points(recipe.search.points, recipe.space)
+    if recipe.search.sampler != "grid" and recipe.search.timeout is None and (
+        recipe.search.trials is None and recipe.space
+    ):
         problems.append(
             Problem("search.trials", "must be given (or search.timeout), so that the search ends")
         )

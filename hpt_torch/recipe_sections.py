@@ -135,6 +135,17 @@ class SearchSection(Section):
     start_with_defaults: Flag = Field(
         default=True, description="trial 0 is the declared defaults (not for grid)"
     )
+    points: list[dict[str, Any]] = Field(
+        default_factory=list,
+        max_length=10_000,
+        description="tried first, such as {lr = 0.01}; what a point leaves open is the sampler's",
+    )
+    warm_start: str | None = Field(
+        default=None, max_length=1000, description="a run's directory, whose best trials become `points`"
+    )
+    warm_start_trials: int = Field(
+        default=5, ge=1, le=1000, strict=True, description="so many of them, before other `points`"
+    )
 
 
 class EvaluationSection(Section):

@@ -8,6 +8,7 @@ same points in any process, however often the run was interrupted.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from hpt_torch.seeding import derive_seed, generator
 from hpt_torch.space import Space
 from hpt_torch.types import HParams, HParamValue, Objective, Trial, TrialState
 
-SamplerName = Literal["tpe", "random", "grid", "gp"]
-ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 128, "grid": 256}
+SamplerName = Literal["tpe", "random", "grid", "gp", "qmc"]
+ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 128, "grid": 256, "qmc": 128}
 
 
 def suggest(
@@ -30,9 +31,11 @@ def suggest(
     kind: SamplerName,
     objective: Objective,
     seed: int,
-    start_with_defaults: bool = True,
+    queue: Sequence[HParams] = (),
 ) -> list[HParams]:
     """Hyperparameters for the trials `numbers`, which belong to `round`.
+
+    queue: what the first trials have fixed (`points.queue`); no matter to a grid.
 
     Of `history` a trial sees the earlier rounds, and the trials of its own round as running whatever has
     become of them (TPE's constant liar keeps a round apart): asking for a round in two parts gives the
@@ -44,6 +47,8 @@ def suggest(
         points = list(spaces.grid(space))
         order = generator(seed, "grid").permutation(len(points))
         return [dict(points[order[number]]) for number in numbers]
+    if kind == "qmc":
+        return [_quasi_random(space, n, seed, queue[n] if n < len(queue) else {}) for n in numbers]
     seen: list[Trial] = []
     if kind != "random":
         seen = [trial for trial in history if trial.round < round]
@@ -56,9 +61,41 @@ def suggest(
     asked: list[HParams] = []
     for number in numbers:
         study.sampler = _make_sampler(kind, derive_seed(seed, "sampler", number, bits=32))
-        fixed = spaces.defaults(space) if number == 0 and start_with_defaults else {}
+        fixed = queue[number] if number < len(queue) else {}
         asked.append(_ask(study, space, fixed))
     return asked
+
+
+def _quasi_random(space: Space, number: int, seed: int, fixed: HParams) -> HParams:
+    """The point `number` of a scrambled Sobol sequence, which fills the space more evenly than chance."""
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(len(space), scramble=True, rng=derive_seed(seed, "sampler", bits=32))
+    if number:
+        sequence.fast_forward(number)
+    shares = dict(zip(space, sequence.random(1)[0].tolist(), strict=True))
+    point: dict[str, HParamValue] = {}
+    for name in spaces.ordered(space):
+        if spaces.is_active(space[name], point):
+            point[name] = fixed[name] if name in fixed else _at(space[name], name, shares[name])
+    return point
+
+
+def _at(dimension: spaces.Dimension, name: str, share: float) -> HParamValue:
+    """The value that this share, in [0, 1), of the dimension lies below; on a log scale where it has one."""
+    if isinstance(dimension, spaces.Choice):
+        return dimension.options[int(share * len(dimension.options))]
+    if isinstance(dimension, spaces.Float) and dimension.step:
+        return dimension.values()[int(share * len(dimension.values()))]
+    whole = isinstance(dimension, spaces.Int)
+    low, high = float(dimension.low), float(dimension.high)
+    if spaces.is_log(name, dimension):
+        shift = 0.5 if whole else 0.0  # each integer has the room around it
+        value = math.exp(math.log(low - shift) * (1 - share) + math.log(high + shift) * share)
+        return min(max(round(value) if whole else value, dimension.low), dimension.high)
+    if isinstance(dimension, spaces.Int):
+        return dimension.values()[int(share * dimension.count())]
+    return min(low + (high - low) * share, high)
 
 
 def _make_sampler(kind: SamplerName, seed: int) -> Any:

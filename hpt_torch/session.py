@@ -29,6 +29,7 @@ from hpt_torch.executors import processes
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
 from hpt_torch.observers import Observer
+from hpt_torch.points import points_of
 from hpt_torch.recipe import Recipe
 from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
 from hpt_torch.record import FORMAT, Event, Record
@@ -64,7 +65,8 @@ class Checked:
 def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     """Fits the recipe to the task. Raises RecipeError with every problem found; writes nothing."""
     specs = task.hparam_specs()
-    problems = check_hparams(recipe, specs)
+    recipe, problems = _warm_started(recipe)
+    problems += check_hparams(recipe, specs)
     objective = task.objective
     if recipe.objective.metric is not None and recipe.objective.direction is not None:
         objective = Objective(metric=recipe.objective.metric, direction=recipe.objective.direction)
@@ -96,6 +98,16 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     fixed = _fixed(recipe, specs)
     filled = {n: value for n, value in fixed.items() if value is not None and is_read(n, recipe, specs)}
     return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
+
+
+def _warm_started(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
+    """The recipe with another run's points written out, so that it stands for itself."""
+    search = recipe.search
+    if search.warm_start is None:
+        return recipe, []
+    found, problems = points_of(search.warm_start, search.warm_start_trials, recipe.space)
+    changed = search.model_copy(update={"points": [*found, *search.points], "warm_start": None})
+    return recipe.model_copy(update={"search": changed}), problems
 
 
 def _fixed(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> dict[str, Any]:

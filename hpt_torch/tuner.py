@@ -21,6 +21,7 @@ from hpt_torch.executors.segment import State
 from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
 from hpt_torch.planning import Planning
+from hpt_torch.points import queue
 from hpt_torch.race import Race
 from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, refits, scheduler_of
 from hpt_torch.record import (
@@ -95,9 +96,9 @@ class Tuner:
 
     def run(self) -> None:
         """Trains until the budgets are used or a stop is asked for (then everything is saved)."""
-        for observer in self.observers:
-            observer.started(self)
         try:
+            for observer in self.observers:
+                observer.started(self)
             self.dir.remove_strays(self._needed_files())
             if self.scheduler is not None:
                 while self._plan_round():
@@ -159,7 +160,9 @@ class Tuner:
             kind=search.sampler,
             objective=self.objective,
             seed=self.recipe.seed,
-            start_with_defaults=search.start_with_defaults,
+            queue=queue(
+                self.recipe.space, search.points, start_with_defaults=search.start_with_defaults
+            ),
         )
         torch.set_num_threads(threads)  # Optuna's GP sampler changes it while it fits
         events = []

@@ -59,6 +59,9 @@ sampler = "random"
 trials = 20
 timeout = "1.5h"
 round_size = 4
+points = [{dropout = 0.25, sizes = [64]}]
+warm_start = "runs/other"
+warm_start_trials = 3
 start_with_defaults = false
 
 [trainer]

@@ -67,6 +67,23 @@ WRONG_VALUES = [
     ("[search]\ntrials = 0", "search.trials", "greater than or equal to 1"),
     ("[search]\ntrials = 2.5", "search.trials", "integer, got 2.5"),
     ("[search]\nround_size = 0", "search.round_size", "greater than or equal to 1"),
+    ("[search]\npoints = [{}]\ntrials = 3", "search.points.0", "at least one hyperparameter"),
+    ("[search]\npoints = [{lr = 0.1}]\ntrials = 3", "search.points.0.lr", "is not searched"),
+    (
+        "[search]\npoints = [{lr = 2.0}]\ntrials = 3\n[space]\nlr = {float = [0.1, 1]}",
+        "search.points.0.lr",
+        "must lie in {'float': [0.1, 1.0]}, got 2.0",
+    ),
+    (
+        '[search]\nsampler = "grid"\npoints = [{dropout = 0.5}]\n[space]\ndropout = {choice = [0.0, 0.5]}',
+        "search.points",
+        "do not go with grid",
+    ),
+    (
+        f'[search]\nwarm_start = "nowhere"\n{SPACE[9:]}dropout = {{float = [0, 1]}}',
+        "search.warm_start",
+        "no run.db",
+    ),
     ("[trainer]\nepochs = 0", "trainer.epochs", "greater than or equal to 1"),
     ("[trainer]\nepochs = 1.0", "trainer.epochs", "integer, got 1.0"),
     ('[trainer]\nengine = "turbo"', "trainer.engine", "must be one of auto, "),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from hpt_torch import samplers
+from hpt_torch.points import queue
 from hpt_torch.samplers import make_study, suggest
 from hpt_torch.space import (
     Choice,
@@ -76,7 +77,7 @@ def cases(kinds: Sequence[str], gp_spaces: Sequence[str] = GP_SPACES) -> Any:
     return pytest.mark.parametrize(("kind", "name"), found)
 
 
-conformance = cases(["tpe", "random", "grid", "gp"])
+conformance = cases(["tpe", "random", "grid", "gp", "qmc"])
 
 
 def score(point: HParams) -> float:
@@ -105,7 +106,8 @@ def ask(
     numbers: Sequence[int],
     round: int,
     seed: int = 0,
-    **rest: Any,
+    start_with_defaults: bool = True,
+    points: Sequence[HParams] = (),
 ) -> list[HParams]:
     return suggest(
         space,
@@ -115,7 +117,7 @@ def ask(
         kind=kind,  # type: ignore[arg-type]
         objective=OBJECTIVE,
         seed=seed,
-        **rest,
+        queue=queue(space, points, start_with_defaults=start_with_defaults),
     )
 
 
@@ -137,7 +139,7 @@ def plain(points: Sequence[HParams]) -> list[str]:
 # -- conformance ---------------------------------------------------------------------------------------
 
 
-@cases(["tpe", "random", "grid", "gp"], gp_spaces=list(SPACES))
+@cases(["tpe", "random", "grid", "gp", "qmc"], gp_spaces=list(SPACES))
 def test_points_lie_in_the_space_and_have_its_types(kind: str, name: str) -> None:
     space = SPACES[name]
     for history in ([], history_of(space)):
@@ -336,7 +338,7 @@ CONDITIONAL_DEFAULTS: Space = {
 }
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
 def test_trial_0_is_the_defaults_and_the_rest_is_sampled(kind: str) -> None:
     seeds = [ask(kind, WITH_DEFAULTS, [], [0, 1], 0, seed=seed) for seed in range(4)]
     for first, second in seeds:
@@ -348,17 +350,52 @@ def test_trial_0_is_the_defaults_and_the_rest_is_sampled(kind: str) -> None:
     assert len({first["dropout"] for first, _ in seeds}) == 4
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
 def test_defaults_whose_condition_fails_are_left_out(kind: str) -> None:
     (point,) = ask(kind, CONDITIONAL_DEFAULTS, [], [0], 0)
     assert set(point) == {"optimizer", "beta1", "lr"}
     assert (point["optimizer"], point["beta1"]) == ("adam", 0.9)
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
 def test_start_with_defaults_can_be_switched_off(kind: str) -> None:
     (point,) = ask(kind, WITH_DEFAULTS, [], [0], 0, start_with_defaults=False)
     assert point["lr"] != 1e-3
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
+def test_points_come_first_and_what_they_leave_open_is_sampled(kind: str) -> None:
+    given = [{"lr": 0.01}, {"lr": 0.02, "width": 32}]
+    first, one, two, three = ask(kind, WITH_DEFAULTS, [], [0, 1, 2, 3], 0, points=given)
+    assert first["lr"] == 1e-3  # the defaults
+    assert one["lr"] == 0.01
+    assert (two["lr"], two["width"]) == (0.02, 32)
+    assert three["lr"] not in (0.01, 0.02)
+    assert set(one) == set(two) == set(WITH_DEFAULTS)
+    (alone,) = ask(kind, WITH_DEFAULTS, [], [0], 0, points=given, start_with_defaults=False)
+    assert alone["lr"] == 0.01
+
+
+def test_a_whole_number_is_a_real_one_where_the_space_has_those() -> None:
+    assert [type(p["x"]) for p in queue({"x": Float(0, 2)}, [{"x": 1}], start_with_defaults=False)] == [float]
+
+
+# -- quasi-random --------------------------------------------------------------------------------------
+
+
+def test_quasi_random_points_fill_every_sixteenth() -> None:
+    """Of 16 points in a row (from a multiple of 16 on) one lies in each sixteenth of each dimension."""
+    space = {
+        "lr": Float(1e-4, 1e-1), "dropout": Float(0, 1), "width": Int(1, 16),
+        "activation": Choice(["relu", "tanh"]), "depth": Int(1, 256, log=True),
+    }  # fmt: skip
+    points = ask("qmc", space, [], range(16, 32), 0)
+    assert sorted(int((math.log10(p["lr"]) + 4) / 3 * 16) for p in points) == list(range(16))  # type: ignore[arg-type]
+    assert sorted(int(p["dropout"] * 16) for p in points) == list(range(16))  # type: ignore[operator]
+    assert sorted(p["width"] for p in points) == list(range(1, 17))  # type: ignore[type-var]
+    assert sum(p["activation"] == "relu" for p in points) == 8
+    assert sum(p["depth"] <= 16 for p in points) in (7, 8, 9)  # type: ignore[operator]
+    assert points != ask("qmc", space, [], range(16, 32), 0, seed=1)
 
 
 # -- grid ----------------------------------------------------------------------------------------------

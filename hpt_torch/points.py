@@ -1,0 +1,67 @@
+"""Points that the user brings: tried first, whatever the sampler. They may come from another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpt_torch import space as spaces
+from hpt_torch.record import Record
+from hpt_torch.report.summary import summarise
+from hpt_torch.space import Space, freeze, thaw
+from hpt_torch.types import HParams, HParamValue, HptError, Problem
+
+
+def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> list[Problem]:
+    """What is wrong with them: each names searched hyperparameters, and values that the space has."""
+    problems = []
+    for number, point in enumerate(points):
+        where = f"search.points.{number}"
+        if not point:
+            problems.append(Problem(where, "must name at least one hyperparameter, e.g. { lr = 0.01 }"))
+        for name, value in point.items():
+            if name not in space:
+                known = ", ".join(space) or "nothing, for [space] is empty"
+                problems.append(Problem(f"{where}.{name}", f"is not searched; [space] has {known}"))
+            elif not _fits(space, name, value):
+                dimension = spaces.dump_dimension(space[name])
+                problems.append(Problem(f"{where}.{name}", f"must lie in {dimension}, got {value!r}"))
+    return problems
+
+
+def queue(space: Space, points: Sequence[Mapping[str, Any]], *, start_with_defaults: bool) -> list[HParams]:
+    """What the first trials have fixed, in their order; what a point leaves open is up to the sampler."""
+    first = [spaces.defaults(space)] if start_with_defaults else []
+    return [*first, *({n: _typed(space, n, value) for n, value in point.items()} for point in points)]
+
+
+def _typed(space: Space, name: str, value: Any) -> HParamValue:
+    """A whole number where the space has real ones is one of those."""
+    return float(value) if isinstance(space[name], spaces.Float) else freeze(value)
+
+
+def points_of(run_dir: str, count: int, space: Space) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """The best `count` points of another run, best first, as far as this space has their values."""
+    try:
+        with Record(Path(run_dir) / "run.db", readonly=True) as record:
+            ranked = summarise(record).ranked
+    except HptError as error:
+        return [], [Problem("search.warm_start", str(error))]
+    found: list[dict[str, Any]] = []
+    for trial in ranked:
+        point = {n: thaw(v) for n, v in trial.hparams.items() if n in space and _fits(space, n, v)}
+        if point and point not in found and len(found) < count:
+            found.append(point)
+    if not found:
+        what = f"must have complete trials that this space has room for, got {len(ranked)} complete trials"
+        return [], [Problem("search.warm_start", f"{what} of {run_dir}; leave it out, or widen [space]")]
+    return found, []
+
+
+def _fits(space: Space, name: str, value: Any) -> bool:
+    dimension = space[name]
+    try:
+        return dimension.contains(freeze(value))
+    except (TypeError, ValueError):
+        return False

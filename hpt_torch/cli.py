@@ -46,8 +46,16 @@ def run(
     ] = False,
     reopen_holdout: Annotated[bool, typer.Option(help="search on after the hold-out rows were read")] = False,
     quiet: Annotated[bool, typer.Option(help="no progress, only the result")] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="for programs: one JSON object a line and event, no report")
+    ] = False,
 ) -> None:
     """Tunes what RECIPE describes. Run again with the same command, it goes on where it was."""
+    observers: list[Any] = []
+    if json_lines:
+        from hpt_torch.observers.json_lines import JsonLinesObserver, own_stdout
+
+        observers = [JsonLinesObserver(own_stdout())]  # first: building the task may print, too
     checked = _checked(recipe, overrides or [], allow_import or [])
     from hpt_torch import baselines, session
     from hpt_torch.observers.progress import ProgressObserver
@@ -56,7 +64,8 @@ def run(
     from hpt_torch.result import Result
 
     path = run_dir if run_dir is not None else session.run_dir_for(checked.recipe.name)
-    observers: list[Any] = [] if quiet else [ProgressObserver()]
+    if not (quiet or json_lines):
+        observers.append(ProgressObserver())
     if checked.recipe.run.tensorboard:
         observers.append(TensorBoardObserver())
     try:
@@ -71,6 +80,8 @@ def run(
         _error_line(f"{stop.message}. The same command goes on: hpt {_again()}")
         raise typer.Exit(128 + stop.signal) from None
     result = Result(path, checked.task)
+    if json_lines:
+        return
     console = Console()
     print_report(result.summary, console)
     console.print(f"\nBest model   {path / 'best'}", highlight=False)

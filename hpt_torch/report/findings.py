@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hpt_torch import space as spaces
 from hpt_torch.report.summary import Summary
 from hpt_torch.samplers import make_study
 from hpt_torch.space import Choice, is_log
-from hpt_torch.types import Trial, TrialState
+from hpt_torch.types import Report, Trial, TrialState
 
 _FEWEST_TRIALS = 20  # PED-ANOVA compares the best tenth with all: two trials at least
 _STEADY_TRIALS = 50  # its documentation asks for five
 _EDGE = 0.02  # of a range
+_FOREST_TRIALS = 150  # fANOVA's time grows with them, and its shares hardly change
+_FOREST_TREES = 32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at. `check`: the section of Google's Deep Learning Tuning Playbook that asks it."""
+
+    kind: str
+    text: str  # one sentence, with the numbers and the remedy
+    check: str
 
 
 def importance(summary: Summary) -> tuple[dict[str, float], str]:
@@ -38,16 +49,9 @@ def importance(summary: Summary) -> tuple[dict[str, float], str]:
         return {}, "Every complete trial has the same score, so no hyperparameter can explain it."
     import optuna
 
-    # Optuna copies each report of each trial; one is enough for a score
-    kept = {t.number: [r for r in t.reports if t.kept_epoch in (0, r.epoch)][-1:] for t in summary.ranked}
-    complete = [dataclasses.replace(t, reports=tuple(kept[t.number])) for t in summary.ranked]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            shares = optuna.importance.get_param_importances(
-                make_study(summary.space, complete, summary.objective),
-                evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-            )
+        scored = [(t, score) for t in summary.ranked if (score := summary.objective.score(t)) is not None]
+        shares = _shares(summary, scored, optuna.importance.PedAnovaImportanceEvaluator())
     except Exception as error:  # a page without importance is better than no page
         return {}, f"Importance could not be computed: {error}."
     note = f"PED-ANOVA: what sets the best tenth of {count} complete trials apart, each hyperparameter alone."
@@ -56,7 +60,46 @@ def importance(summary: Summary) -> tuple[dict[str, float], str]:
     left = [name for name in summary.space if name not in shares]
     if left:
         note += f" Not judged, for not every trial has it: {', '.join(left)}."
-    return {name: float(share) for name, share in shares.items() if math.isfinite(share)}, note
+    return shares, note
+
+
+def fanova(summary: Summary) -> dict[str, float]:
+    """The share of the variance over the whole space that each hyperparameter explains alone (Hutter et al.
+    2014, as Optuna has it), where `importance` has any; empty where too few trials differ.
+
+    PED-ANOVA asks what makes a trial one of the best; this, what makes any difference. We give it the ranks
+    of the scores, or a few very bad trials would be all that it explains; of many trials some, evenly spread.
+    """
+    import optuna
+
+    ranked = summary.ranked
+    scores = [summary.objective.score(trial) for trial in ranked]
+    ranks = {score: float(-place) for place, score in enumerate(dict.fromkeys(scores))}
+    every = math.ceil(len(ranked) / _FOREST_TRIALS)
+    chosen = [(t, ranks[score]) for t, score in zip(ranked, scores, strict=True)][:: every or 1]
+    if len({rank for _, rank in chosen}) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=_FOREST_TREES, seed=0)
+    return _shares(summary, chosen, evaluator)
+
+
+def _shares(summary: Summary, scored: Sequence[tuple[Trial, float]], evaluator: Any) -> dict[str, float]:
+    import optuna
+
+    metric = summary.objective.metric
+    trials = [  # with one report each, for Optuna copies them all
+        Trial(
+            number=t.number, round=t.round, hparams=t.hparams, signature="", state=t.state, kept_epoch=1,
+            reports=(Report(trial=t.number, epoch=1, metrics={metric: score}, seconds=0.0),),
+        )
+        for t, score in scored
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = optuna.importance.get_param_importances(
+            make_study(summary.space, trials, summary.objective), evaluator=evaluator
+        )
+    return {name: float(share) for name, share in shares.items() if math.isfinite(share)}
 
 
 def most_important_numbers(summary: Summary, shares: dict[str, float]) -> list[str]:

@@ -18,11 +18,15 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event as EventProto
 from tensorboard.compat.proto.summary_pb2 import Summary as SummaryProto
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.custom_scalar import metadata as custom_scalars
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from hpt_torch.observers import curves
 from hpt_torch.record import Event
-from hpt_torch.schedulers.lineage import phases
 from hpt_torch.space import Choice, thaw
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import Trial, TrialState
@@ -77,14 +81,16 @@ class TensorBoardObserver:
             protos.append(_hparams_event(tuner, trial))
             if number == 0:
                 protos.append(_experiment_event(tuner))
+                protos.append(_layout_event(tuner))
         for report in trial.reports[self._written[number] :]:
             at = tuner.record.reported_at(number, report.epoch)
-            values = [*report.metrics.items(), ("time/epoch_seconds", report.seconds)]
-            if tuner.scheduler is not None:
-                values += _schedule(trial, report.epoch)
-            protos.append(_scalars(report.epoch, at, values))
+            protos.append(_scalars(report.epoch, at, curves.values(tuner, trial, report)))
+            if text := curves.copy_text(trial, report):
+                protos.append(_note(report.epoch, at, "pbt/copies", text))
         self._written[number] = len(trial.reports)
         if trial.state.is_finished:
+            if text := curves.end_text(trial):
+                protos.append(_note(trial.epoch, time.time(), "ended", text))
             protos.append(_end_event(trial))
         with open(self._files[number], "ab") as file:
             writer = RecordWriter(file)
@@ -111,14 +117,21 @@ def _scalars(step: int, at: float, values: Iterable[tuple[str, float]]) -> Event
     return EventProto(wall_time=at, step=step, summary=summary)
 
 
-def _schedule(trial: Trial, epoch: int) -> list[tuple[str, float]]:
-    """The hyperparameters of this epoch, and whom the member copied just before it."""
-    phase = [phase for phase in phases(trial) if phase.epoch < epoch][-1]
-    values = [(f"hparams/{n}", float(v)) for n, v in phase.hparams.items() if isinstance(v, (int, float))]
-    copied = phase.source is not None and phase.source != trial.number
-    if copied and phase.epoch == epoch - 1:
-        values.append(("pbt/copied_trial", float(phase.source)))  # type: ignore[arg-type]
-    return values
+def _note(step: int, at: float, tag: str, markdown: str) -> EventProto:
+    """For the Text tab."""
+    return _string(step, at, tag, markdown.encode(), text_metadata.create_summary_metadata(None, None))
+
+
+def _layout_event(tuner: Tuner) -> EventProto:
+    """How the Custom Scalars tab is laid out; one trial's file says so for all."""
+    content, kind = curves.layout(tuner).SerializeToString(), custom_scalars.create_summary_metadata()
+    return _string(0, time.time(), custom_scalars.CONFIG_SUMMARY_TAG, content, kind)
+
+
+def _string(step: int, at: float, tag: str, content: bytes, kind: Any) -> EventProto:
+    tensor = TensorProto(dtype=DT_STRING, string_val=[content])
+    value = SummaryProto.Value(tag=tag, metadata=kind, tensor=tensor)
+    return EventProto(wall_time=at, step=step, summary=SummaryProto(value=[value]))
 
 
 def _hparams_event(tuner: Tuner, trial: Trial) -> EventProto:

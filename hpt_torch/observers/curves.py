@@ -65,7 +65,7 @@ def layout(tuner: Tuner) -> layout_pb2.Layout:
     charts = {
         "Learning": {
             **{f"{name}, train and valid": [f"train/{name}", f"valid/{name}"] for name in compared},
-            "gap, positive: better on train": [f"gap/{name}" for name in compared],
+            **{f"{name}, gap (positive: better on train)": [f"gap/{name}"] for name in compared},
         },
         "Hyperparameters": {
             "lr, mean of the epoch": ["lr"],

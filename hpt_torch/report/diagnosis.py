@@ -17,19 +17,21 @@ from scipy import stats
 from hpt_torch.evidence import judge
 from hpt_torch.record import Record
 from hpt_torch.report import curve_checks, findings, space_checks
-from hpt_torch.report.findings import Finding
+from hpt_torch.report.findings import Finding, Importance
 from hpt_torch.report.summary import Summary, summarise
 from hpt_torch.report.svg import number
 from hpt_torch.space import encode
 
 REPLAYS = "replays"  # the folder of a run in which its replays are runs
-SHOWN = 6  # on a terminal and in markdown
 _SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
 
 
-def diagnose(summary: Summary, replays: Sequence[float] = ()) -> list[Finding]:
+def diagnose(
+    summary: Summary, replays: Sequence[float] = (), importance: Importance | None = None
+) -> list[Finding]:
     """The findings, the most important first: whether the result can be trusted, then what would make it
-    better, then what was learned. `replays`: scores of the best trial trained again with other seeds.
+    better, then what was learned. `replays`: scores of the best trial trained again with other seeds;
+    `importance`: where it is known already.
 
     Where a scheduler changed hyperparameters on the way, trials are no points of the space, and their curves
     are those of copies: only the first kind of check is made.
@@ -41,7 +43,7 @@ def diagnose(summary: Summary, replays: Sequence[float] = ()) -> list[Finding]:
         found += space_checks.edges(summary, judged)
         found += curve_checks.check(summary)
         found += [space_checks.confounded(summary, judged), space_checks.interaction(summary, judged)]
-        found.append(space_checks.importance(summary))
+        found.append(space_checks.importance(summary, importance or findings.importance(summary)))
     return [finding for finding in found if finding is not None]
 
 
@@ -99,7 +101,9 @@ def _repeats(summary: Summary) -> tuple[float, str]:
     groups: dict[str, list[float]] = {}
     for trial in summary.ranked:
         key = repr(sorted((name, encode(value)) for name, value in trial.hparams.items()))
-        groups.setdefault(key, []).append(summary.objective.score(trial) or 0.0)
+        score = summary.objective.score(trial)
+        if score is not None and abs(score) < 1e100:  # the square of a larger one is no number
+            groups.setdefault(key, []).append(score)
     repeated = [scores for scores in groups.values() if len(scores) > 1]
     free = sum(len(scores) - 1 for scores in repeated)
     if free < 3:

@@ -30,45 +30,58 @@ class Finding:
     check: str
 
 
-def importance(summary: Summary) -> tuple[dict[str, float], str]:
-    """(share of each hyperparameter, largest first; what to know about them). Empty where they mean nothing.
+@dataclass(frozen=True)
+class Importance:
+    """The share of each hyperparameter, the largest first; empty where they mean nothing."""
 
-    PED-ANOVA (Watanabe et al. 2023) as Optuna has it: how far a hyperparameter's values among the best tenth
-    of the trials differ from its values among all.
+    best: dict[str, float]  # in what makes a trial one of the best: PED-ANOVA
+    whole: dict[str, float]  # in what makes any difference: fANOVA
+    note: str  # what to know about them
+
+
+def importance(summary: Summary) -> Importance:
+    """PED-ANOVA (Watanabe et al. 2023), as Optuna has it: how far a hyperparameter's values among the best
+    tenth of the trials differ from its values among all. fANOVA beside it.
     """
     count = len(summary.ranked)
     if not summary.space:
-        return {}, "Nothing was searched, so there is nothing to compare."
+        return Importance({}, {}, "Nothing was searched, so there is nothing to compare.")
     if count < _FEWEST_TRIALS:
-        return {}, (
-            f"Importance compares the best tenth of the trials with all of them, so it needs at least "
-            f"{_FEWEST_TRIALS} complete trials; there {'is' if count == 1 else 'are'} {count}."
+        return Importance(
+            {},
+            {},
+            (
+                f"Importance compares the best tenth of the trials with all of them, so it needs at least "
+                f"{_FEWEST_TRIALS} complete trials; there {'is' if count == 1 else 'are'} {count}."
+            ),
         )
     scores = {summary.objective.score(trial) for trial in summary.ranked}
     if len(scores) == 1:
-        return {}, "Every complete trial has the same score, so no hyperparameter can explain it."
+        return Importance(
+            {}, {}, "Every complete trial has the same score, so no hyperparameter can explain it."
+        )
     import optuna
 
     try:
         scored = [(t, score) for t in summary.ranked if (score := summary.objective.score(t)) is not None]
         shares = _shares(summary, scored, optuna.importance.PedAnovaImportanceEvaluator())
     except Exception as error:  # a page without importance is better than no page
-        return {}, f"Importance could not be computed: {error}."
+        return Importance({}, {}, f"Importance could not be computed: {error}.")
     note = f"PED-ANOVA: what sets the best tenth of {count} complete trials apart, each hyperparameter alone."
     if count < _STEADY_TRIALS:
         note += f" A tenth of {count} is few trials: take it as a hint."
     left = [name for name in summary.space if name not in shares]
     if left:
         note += f" Not judged, for not every trial has it: {', '.join(left)}."
-    return shares, note
+    return Importance(shares, _fanova(summary), note)
 
 
-def fanova(summary: Summary) -> dict[str, float]:
+def _fanova(summary: Summary) -> dict[str, float]:
     """The share of the variance over the whole space that each hyperparameter explains alone (Hutter et al.
-    2014, as Optuna has it), where `importance` has any; empty where too few trials differ.
+    2014, as Optuna has it); empty where the trials do not differ.
 
-    PED-ANOVA asks what makes a trial one of the best; this, what makes any difference. We give it the ranks
-    of the scores, or a few very bad trials would be all that it explains; of many trials some, evenly spread.
+    It gets the ranks of the scores, or a few very bad trials would be all that it explains; of many trials
+    some, evenly spread.
     """
     import optuna
 
@@ -77,7 +90,13 @@ def fanova(summary: Summary) -> dict[str, float]:
     ranks = {score: float(-place) for place, score in enumerate(dict.fromkeys(scores))}
     every = math.ceil(len(ranked) / _FOREST_TRIALS)
     chosen = [(t, ranks[score]) for t, score in zip(ranked, scores, strict=True)][:: every or 1]
-    if len({rank for _, rank in chosen}) < 2:
+    differs = [
+        name
+        for name in summary.space
+        if all(name in t.hparams for t, _ in chosen)
+        and len({spaces.encode(t.hparams[name]) for t, _ in chosen}) > 1
+    ]
+    if len({rank for _, rank in chosen}) < 2 or not differs:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=_FOREST_TREES, seed=0)
     return _shares(summary, chosen, evaluator)

@@ -19,7 +19,7 @@ def markdown(summary: Summary) -> str:
     states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(summary.states.items()))
     done = "" if findings.is_finished(summary) else " (not finished)"
     lines = [
-        f"### {_plain(summary.name)}{done}",
+        f"### {plain(summary.name)}{done}",
         "",
         f"{states or 'no trials yet'} in {show_seconds(summary.seconds)}.",
         "",
@@ -27,7 +27,7 @@ def markdown(summary: Summary) -> str:
     best = summary.best
     if best is None:
         return "\n".join([*lines, "No trial is complete yet.", *_failed(summary)]) + "\n"
-    answer = [f"**Best: trial {best.number}**, {_plain(summary.objective.metric)} = {_score(summary, best)}"]
+    answer = [f"**Best: trial {best.number}**, {plain(summary.objective.metric)} = {_score(summary, best)}"]
     held = summary.holdout.get(f"holdout/{metric}")
     if held is not None:
         reads = "once" if summary.holdout_reads == 1 else f"{summary.holdout_reads} times"
@@ -37,11 +37,11 @@ def markdown(summary: Summary) -> str:
     if first is not None and first is not best:
         answer.append(f"declared defaults {_score(summary, first)}")
     lines.append(f"{'; '.join(answer)}.")
-    names = [_plain(name) for name in summary.space]
-    lines += ["", _row(["trial", _plain(summary.objective.metric), *names, "epochs", "seconds"])]
+    names = [plain(name) for name in summary.space]
+    lines += ["", _row(["trial", plain(summary.objective.metric), *names, "epochs", "seconds"])]
     lines.append(_row(["--:"] * (4 + len(names))))
     for trial in summary.ranked[:TOP]:
-        values = [_plain(show_value(trial.hparams[n])) if n in trial.hparams else "–" for n in summary.space]
+        values = [plain(show_value(trial.hparams[n])) if n in trial.hparams else "–" for n in summary.space]
         seconds = sum(report.seconds for report in trial.reports)
         cells = [_score(summary, trial), *values, str(trial.epoch), f"{seconds:.2f}"]
         lines.append(_row([str(trial.number), *cells]))
@@ -51,7 +51,7 @@ def markdown(summary: Summary) -> str:
 def _failed(summary: Summary) -> list[str]:
     found = findings.failures(summary)
     lines = [
-        f"- {len(failure.trials)} {failure.state.lower()}: {_plain(failure.line[:200])}"
+        f"- {len(failure.trials)} {failure.state.lower()}: {plain(failure.line[:200])}"
         for failure in found[:TOP]
     ]
     more = [f"- and {len(found) - TOP} other kinds"] if len(found) > TOP else []
@@ -67,6 +67,6 @@ def _score(summary: Summary, trial: Trial) -> str:
     return "–" if score is None else number(score)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """On one line, with nothing in it that markdown or HTML would read, nor a mention of anybody."""
     return " ".join(text.split()).translate(_SPECIAL)

@@ -13,7 +13,8 @@ from typing import Any
 import tomli_w
 
 from hpt_torch.record import Record
-from hpt_torch.report import findings, plots, population
+from hpt_torch.report import advice, findings, plots, population
+from hpt_torch.report.diagnosis import diagnose, replay_scores
 from hpt_torch.report.plots import View
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import number
@@ -31,16 +32,19 @@ _FOLDER = Path(__file__).parent
 def page(record: Record, summary: Summary) -> str:
     """The whole page. Equal records give equal pages; every text of the run is escaped."""
     view = View(summary)
-    shares, about_shares = findings.importance(summary)
+    importance = findings.importance(summary)
+    shares = importance.best
+    found = diagnose(summary, replay_scores(record.path.parent, summary), importance)
     sections = [
         ("answer", "", _answer(view)),
+        ("findings", "What to look at", advice.as_html(found)),
         ("compared", "At equal compute", _compared(record, summary)),
         ("progress", "Progress", _progress(view)),
         ("curves", "Learning curves", _curves(view)),
         ("population", "Lineage and schedules", _population(view)),
         ("parallel", "All hyperparameters at once", _parallel(view)),
         ("slices", "One hyperparameter at a time", _slices(view, shares)),
-        ("importance", "Importance", _importance(shares, about_shares)),
+        ("importance", "Importance", advice.shares(importance)),
         ("interaction", "Two hyperparameters together", _interaction(view, shares)),
         ("timeline", "Timeline", _timeline(view, record)),
         ("trials", "Trials", trial_table(view)),
@@ -69,8 +73,8 @@ def page(record: Record, summary: Summary) -> str:
 
 
 _SHORT = {
-    "answer": "Answer", "compared": "Compared", "progress": "Progress", "curves": "Curves",
-    "population": "Lineage", "parallel": "Parallel",
+    "answer": "Answer", "findings": "Findings", "compared": "Compared", "progress": "Progress",
+    "curves": "Curves", "population": "Lineage", "parallel": "Parallel",
     "slices": "Slices", "importance": "Importance", "interaction": "Pairs", "timeline": "Timeline",
     "trials": "Trials", "failures": "Failures", "origin": "Recipe",
 }  # fmt: skip
@@ -277,15 +281,6 @@ def _slices(view: View, shares: Mapping[str, float]) -> str:
     figures = "".join(f"<figure>{plots.slice_plot(view, name)}</figure>" for name in names)
     order = "The most important first. " if shares else ""
     return f'{_note(order + "A bar is the median at that value.")}<div class="grid">{figures}</div>'
-
-
-def _importance(shares: Mapping[str, float], about: str) -> str:
-    bars = "".join(
-        f'<div class="share"><span>{escape(name)}</span><div><i style="--share:{100 * share:.1f}%"></i>'
-        f"<b>{100 * share:.0f} %</b></div></div>"
-        for name, share in shares.items()
-    )
-    return f"{_note(about)}{f'<div class=shares>{bars}</div>' if bars else ''}"
 
 
 def _interaction(view: View, shares: dict[str, float]) -> str:

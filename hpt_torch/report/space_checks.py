@@ -23,7 +23,7 @@ from hpt_torch.evidence import (
     placed,
 )
 from hpt_torch.report import findings
-from hpt_torch.report.findings import Finding
+from hpt_torch.report.findings import Finding, Importance
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.terminal import show_value
 from hpt_torch.space import Choice, Dimension, encode
@@ -255,12 +255,11 @@ def interaction(summary: Summary, judged: Judged) -> Finding | None:
     )
 
 
-def importance(summary: Summary) -> Finding | None:
+def importance(summary: Summary, known: Importance) -> Finding | None:
     """Which hyperparameters matter, by PED-ANOVA and fANOVA (same section: what matters little is fixed)."""
-    shares, _ = findings.importance(summary)
-    if not shares or len(shares) < 2:
+    shares, whole = known.best, known.whole
+    if len(shares) < 2:
         return None
-    whole = findings.fanova(summary)
     main = [name for name in shares if shares[name] >= 0.2][:3]
     little = [name for name in shares if max(shares[name], whole.get(name, 0.0)) < _LITTLE]
     if not main:

@@ -319,14 +319,14 @@ def test_what_matters_and_what_does_not(tmp_path: Path) -> None:
     text = peaked(Run(tmp_path), trials=100).found()["importance"].text
     assert text.startswith("What sets the best of 100 trials apart, by PED-ANOVA: lr ")
     assert " (fANOVA " in text
-    shares = findings.fanova(peaked(Run(tmp_path / "again"), trials=100).summary)
+    shares = findings.importance(peaked(Run(tmp_path / "again"), trials=100).summary).whole
     assert shares["lr"] > 0.8 > shares["dropout"]
 
 
 def test_fanova_is_not_ruled_by_one_very_bad_trial(tmp_path: Path) -> None:
     run = peaked(Run(tmp_path), trials=60)
     run.trial(-1e30, lr=1e-2, dropout=0.49)
-    assert findings.fanova(run.summary)["lr"] > 0.7
+    assert findings.importance(run.summary).whole["lr"] > 0.7
 
 
 BATCH: dict[str, Any] = {"lr": {"float": [1e-4, 1e-1]}, "batch_size": {"choice": [16, 64, 256]}}

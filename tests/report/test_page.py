@@ -90,11 +90,15 @@ class Run:
 
     def best_file(self) -> None:
         """Weights for the best trial, as `hpt report` copies them."""
+        best = summarise(self.record).best
+        assert best is not None
         (self.path / "checkpoints").mkdir()
         (self.path / "checkpoints" / "best.safetensors").write_bytes(b"weights")
         digest = hashlib.sha256(b"weights").hexdigest()
         self.record.append(
-            state_event(StateFile(name="best.safetensors", sha256=digest, key="best", meta={}))
+            state_event(
+                StateFile(name="best.safetensors", sha256=digest, key="best", meta={"trial": best.number})
+            )
         )
 
     def page(self) -> str:
@@ -179,8 +183,8 @@ def test_the_answer_comes_first_then_everything_else_in_order(run: Run) -> None:
     outline = Outline(text)
     assert outline.left_open == []
     assert [i for i in outline.ids if not re.fullmatch(r"t\d+", i)] == [
-        "answer", "progress", "curves", "parallel", "slices", "importance", "interaction", "timeline",
-        "trials", "failures", "origin",
+        "answer", "findings", "progress", "curves", "parallel", "slices", "importance", "interaction",
+        "timeline", "trials", "failures", "origin",
     ]  # fmt: skip
     best = summarise(run.record).best
     assert best is not None
@@ -231,13 +235,14 @@ def test_a_traceback_without_end_does_not_make_a_page_without_end(tmp_path: Path
 
 
 def test_importance_finds_what_matters_and_says_when_it_cannot(run: Run, tmp_path: Path) -> None:
-    assert "A tenth of 24 is few trials" in findings.importance(summarise(run.record))[1]
-    shares, about = findings.importance(summarise(ordinary(tmp_path / "many", trials=100).record))
-    assert next(iter(shares)) == "lr"
-    assert sum(shares.values()) == pytest.approx(1)
-    assert about.endswith("the best tenth of 100 complete trials apart, each hyperparameter alone.")
+    assert "A tenth of 24 is few trials" in findings.importance(summarise(run.record)).note
+    known = findings.importance(summarise(ordinary(tmp_path / "many", trials=100).record))
+    assert next(iter(known.best)) == next(iter(known.whole)) == "lr"
+    assert sum(known.best.values()) == pytest.approx(1)
+    assert known.note.endswith("the best tenth of 100 complete trials apart, each hyperparameter alone.")
     few = ordinary(tmp_path / "few", trials=3)
-    assert findings.importance(summarise(few.record)) == (
+    assert findings.importance(summarise(few.record)) == findings.Importance(
+        {},
         {},
         "Importance compares the best tenth of the trials with all of them, so it needs at least 20 complete "
         "trials; there are 3.",
@@ -246,7 +251,7 @@ def test_importance_finds_what_matters_and_says_when_it_cannot(run: Run, tmp_pat
     for n in range(30):
         same.trial(n, [0.5], lr=10 ** (-4 + n / 10))
         same.end(n)
-    assert findings.importance(summarise(same.record))[1].startswith(
+    assert findings.importance(summarise(same.record)).note.startswith(
         "Every complete trial has the same score"
     )
     assert "same score" in Outline(same.page()).words

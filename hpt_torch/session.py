@@ -185,6 +185,7 @@ def run(
         where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}
         data = engines.data_on(checked.task.data(), checked.recipe, device)
         where["train_rows"] = f"{'on' if isinstance(data.train, Rows) else 'streamed to'} {device}"
+        where["valid_rows"] = len(data.valid)  # how far a score can be trusted
         session = {
             "pid": os.getpid(),
             "host": socket.gethostname(),

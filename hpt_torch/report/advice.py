@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from hpt_torch.report.findings import Finding, Importance
@@ -49,13 +49,14 @@ def _bracket(share: float | None) -> str:
 
 
 def as_text(found: Sequence[Finding]) -> RenderableType:
-    parts: list[RenderableType] = [Text("What to look at", style="bold")]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
     for finding in found[:SHOWN]:
-        label = (f"{LABELS[finding.kind]}: ", "yellow" if finding.kind != "importance" else "")
-        parts.append(Padding(Text.assemble("- ", label, printable(finding.text, 2000)), (0, 0, 0, 2)))
-    if len(found) > SHOWN:
-        parts.append(Text(f"  and {len(found) - SHOWN} more in report.html"))
-    return Group(*parts) if found else Group()
+        style = "" if finding.kind in ("interaction", "importance") else "yellow"
+        table.add_row(Text(f"  {LABELS[finding.kind]}", style=style), Text(printable(finding.text, 2000)))
+    more = [Text(f"  and {len(found) - SHOWN} more in report.html")] if len(found) > SHOWN else []
+    return Group(Text("What to look at", style="bold"), table, *more)
 
 
 def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:

@@ -21,6 +21,7 @@ from hpt_torch.report.findings import Finding, Importance
 from hpt_torch.report.summary import Summary, summarise
 from hpt_torch.report.svg import number
 from hpt_torch.space import encode
+from hpt_torch.types import Trial
 
 REPLAYS = "replays"  # the folder of a run in which its replays are runs
 _SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
@@ -114,48 +115,61 @@ def _repeats(summary: Summary) -> tuple[float, str]:
 
 
 def selection(summary: Summary) -> Finding | None:
-    """Validation set small for the number of trials ("Is the validation set too small?": study variance).
+    """Validation set small for the number of trials ("Determining whether to adopt …", study variance).
 
     The highest of n scores that share a standard error s is too high by up to s times the expected largest of
     n standard normals. Trials are scored on the same rows, so their errors go together: it is an upper bound.
     Where hold-out rows were read, they decide.
     """
-    metric, best = summary.objective.metric.removeprefix("valid/"), summary.best
-    rows = summary.environment.get("valid_rows")
-    if best is None or metric not in _SHARES or not isinstance(rows, int) or rows < 1:
+    best, objective = summary.best, summary.objective
+    known = None if best is None else _standard_error(summary, best)
+    score = None if best is None else objective.score(best)
+    if known is None or score is None:
         return None
-    score = summary.objective.score(best)
-    if score is None or not 0 <= score <= 1:
-        return None
-    error = math.sqrt(max(score * (1 - score), 0.25 / rows) / rows)
-    check = "Determining whether to adopt a training pipeline change: study variance"
-    remedy = (
-        "judge it by the hold-out figure, and for a finer choice use more validation rows or cross-validation"
-    )
+    (error, rows), check = known, "Determining whether to adopt a training pipeline change: study variance"
+    remedy = "judge it by the hold-out figure, and choose on more validation rows or by cross-validation"
+    metric = objective.metric.removeprefix("valid/")
     held = summary.holdout.get(f"holdout/{metric}")
-    if held is not None and summary.holdout_rows:
-        both = error * math.sqrt(1 + rows / summary.holdout_rows)
-        if score - held > 2 * both:
+    if held is not None and metric in _SHARES and summary.holdout_rows:
+        chance = 2 * math.hypot(error, _binomial(held, summary.holdout_rows))
+        if score - held > chance:
             return Finding(
                 "selection",
                 f"Hold-out {metric} is {number(held)} ({summary.holdout_rows:,} rows) where the choice was "
-                f"made at {number(score)} ({rows:,} valid rows), which is more than chance in the rows "
-                f"({number(2 * both)}): the choice of the best of {len(summary.ranked)} trials flatters it; "
+                f"made at {number(score)} ({rows}), which is more than chance would make of it "
+                f"({number(chance)}): the choice of the best of {len(summary.ranked)} trials flatters it; "
                 f"{remedy}.",
                 check,
             )
-    scores = [value for trial in summary.ranked if (value := summary.objective.score(trial)) is not None]
-    near = [value for value in scores if value >= score - error]
-    if len(scores) < 10 or len(near) < max(5, len(scores) // 10):
+    scores = [value for trial in summary.ranked if (value := objective.score(trial)) is not None]
+    near = sum(abs(score - value) <= error for value in scores)
+    if len(scores) < 10 or near < max(5, len(scores) // 10):
         return None
-    flattery = error * _largest_of(len(near))
+    flattery = number(error * _largest_of(near))
     return Finding(
         "selection",
-        f"{len(near)} of {len(scores)} trials are within one standard error ({number(error)} on {rows:,} "
-        f"valid rows) of the best, whose {metric} the choice among them may flatter by up to "
-        f"{number(flattery)}: {remedy}.",
+        f"{near} of {len(scores)} trials are within one standard error ({number(error)}, {rows}) of the "
+        f"best, whose {metric} the choice among them may flatter by up to {flattery}: {remedy}.",
         check,
     )
+
+
+def _standard_error(summary: Summary, best: Trial) -> tuple[float, str] | None:
+    """(standard error of the best score, from what): over folds, or of a share of the valid rows."""
+    error, score = summary.objective.standard_error(best), summary.objective.score(best)
+    if error is not None:
+        return error, f"{len(best.folds)} folds"
+    rows = summary.environment.get("valid_rows")
+    if summary.objective.metric.removeprefix("valid/") not in _SHARES or score is None or not 0 <= score <= 1:
+        return None
+    if not isinstance(rows, int) or rows < 1:
+        return None
+    return _binomial(score, rows), f"{rows:,} valid rows"
+
+
+def _binomial(share: float, rows: int) -> float:
+    """The standard error of a share of rows; of one without a single error, as if half a row were one."""
+    return math.sqrt(max(share * (1 - share), 0.5 / rows * (1 - 0.5 / rows)) / rows)
 
 
 def _largest_of(count: int) -> float:

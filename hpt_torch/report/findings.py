@@ -17,8 +17,8 @@ from hpt_torch.types import Report, Trial, TrialState
 _FEWEST_TRIALS = 20  # PED-ANOVA compares the best tenth with all: two trials at least
 _STEADY_TRIALS = 50  # its documentation asks for five
 _EDGE = 0.02  # of a range
-_FOREST_TRIALS = 150  # fANOVA's time grows with them, and its shares hardly change
-_FOREST_TREES = 32
+_FOREST_TRIALS = 100  # fANOVA's time grows with them, and its shares hardly change
+_FOREST_TREES = 16
 
 
 @dataclass(frozen=True)

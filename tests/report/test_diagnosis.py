@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 
 from hpt_torch.record import Event, Record, finish_event, report_event, trial_event
 from hpt_torch.report import findings, summarise
-from hpt_torch.report.diagnosis import diagnose, replay_scores
+from hpt_torch.report.diagnosis import diagnose, replay_scores, selection
 from hpt_torch.report.findings import Finding
 from hpt_torch.report.summary import Summary
+from hpt_torch.report.svg import number
 from hpt_torch.seeding import generator
 from hpt_torch.types import Report, TrialState
 
@@ -398,10 +400,34 @@ def test_validation_set_small_for_the_number_of_trials(tmp_path: Path) -> None:
     run = peaked(Run(tmp_path, environment={"valid_rows": 100}), trials=60)
     text = run.found()["selection"].text
     assert " of 60 trials are within one standard error (0.0" in text
-    assert "on 100 valid rows) of the best" in text
+    assert ", 100 valid rows) of the best" in text
     assert "selection" not in peaked(Run(tmp_path / "large"), trials=60).found()
     unknown = peaked(Run(tmp_path / "unknown", environment={"valid_rows": None}), trials=60)
     assert "selection" not in unknown.found()
+
+
+def test_with_cross_validation_the_folds_say_how_sure_a_score_is(tmp_path: Path) -> None:
+    run = Run(tmp_path, environment={"valid_rows": None}, objective="valid/loss")
+    for n in range(20):
+        run.trial(0.5, lambda e, s, n=n: {"valid/loss": s + 0.001 * n}, lr=1e-3 * (n + 1), dropout=0.1)
+    summary = run.summary
+    assert summary.best is not None
+    assert selection(summary) is None
+    folds = [
+        dataclasses.replace(
+            summary.best,
+            reports=(Report(trial=0, epoch=EPOCHS, metrics={"valid/loss": loss}, seconds=0.1),),
+        )
+        for loss in (0.49, 0.50, 0.51)
+    ]
+    found = selection(
+        dataclasses.replace(summary, best=dataclasses.replace(summary.best, folds=tuple(folds)))
+    )
+    assert found is not None
+    error = number(0.01 / math.sqrt(3))
+    assert found.text.startswith(
+        f"6 of 20 trials are within one standard error ({error}, 3 folds) of the best"
+    )
 
 
 def test_hold_out_below_what_the_choice_was_made_at(tmp_path: Path) -> None:

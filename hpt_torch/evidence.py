@@ -129,21 +129,24 @@ class Crowd:
     count: int  # of them
     of: int  # good trials that have the hyperparameter
     where: float  # the value from which on they were counted
+    unstable: int = 0  # trials that diverged there, where those are at least half as many
 
 
-def crowd(name: str, dimension: Dimension, good: Sequence[Trial]) -> Crowd | None:
-    """Where at least a third of the good trials lie at an end, which chance would do once in a hundred searches.
+def crowd(name: str, dimension: Dimension, judged: Judged) -> Crowd | None:
+    """Where at least a third of the good trials lie at an end, which chance would do in one search of 100.
 
     The end is a tenth of the range; of at most twelve values, the last one.
     """
-    places = [place(name, dimension, trial.hparams.get(name)) for trial in good]
-    places = [at for at in places if not math.isnan(at)]
+    places = _places(name, dimension, judged.good)
+    bad = _places(name, dimension, [trial for trial in judged.trials if diverged(trial)])
     count = dimension.count()
     few = isinstance(dimension, Choice) or (count is not None and count <= _FEW_VALUES)
     room, expected = (1e-9, 1 / count) if few and count else (0.1, 0.1)
     ends: tuple[Literal["lower", "upper"], ...] = ("lower", "upper")
     for end in ends:
-        inside = [at for at in places if (at if end == "lower" else 1 - at) <= room]
+        inside, lost = (
+            [at for at in found if (at if end == "lower" else 1 - at) <= room] for found in (places, bad)
+        )
         p = float(stats.binom.sf(len(inside) - 1, len(places), expected))
         if len(places) < FEWEST_GOOD or 3 * len(inside) < len(places) or p >= _CROWD_P:
             continue
@@ -153,8 +156,13 @@ def crowd(name: str, dimension: Dimension, good: Sequence[Trial]) -> Crowd | Non
         else:
             inner = 0.0 if few else room
             where = value_at(name, dimension, inner if end == "lower" else 1 - inner)
-        return Crowd(end, len(inside), len(places), where)
+        return Crowd(end, len(inside), len(places), where, len(lost) if 2 * len(lost) >= len(inside) else 0)
     return None
+
+
+def _places(name: str, dimension: Dimension, trials: Sequence[Trial]) -> list[float]:
+    found = [place(name, dimension, trial.hparams.get(name)) for trial in trials]
+    return [at for at in found if not math.isnan(at)]
 
 
 # -- tests ---------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _range(name: str, dimension: Float | Int, judged: Judged) -> tuple[Dimension
     margin = max((places[-1] - places[0]) / (len(places) - 1),
                  (_NARROWEST - (places[-1] - places[0])) / 2)  # fmt: skip
     lower, upper = max(places[0] - margin, 0.0), min(places[-1] + margin, 1.0)
-    crowded = crowd(name, dimension, judged.good)
+    crowded = crowd(name, dimension, judged)
     among = f"the best {len(values)} of {len(placed(judged, {name: dimension})[0])} trials"
     if crowded is None and upper - lower > _WIDEST:
         where = f"{values[0]:.3g} to {values[-1]:.3g}"
@@ -125,7 +125,11 @@ def _range(name: str, dimension: Float | Int, judged: Judged) -> tuple[Dimension
         near = f"{crowded.count} of {among} lie at {'most' if crowded.end == 'lower' else 'least'} "
         near += f"{crowded.where:.3g}"
         end = _beyond(name, dimension, crowded.end)
-        if end is None:
+        if crowded.unstable:
+            about.append(
+                f"{near}, but {crowded.unstable} diverged there: steady the training before going on"
+            )
+        elif end is None:
             about.append(f"{near}, but it can go no further")
         else:
             about.append(f"{near}, so the {crowded.end} bound is widened")
@@ -247,8 +251,8 @@ def _choice(name: str, dimension: Choice, judged: Judged) -> tuple[Choice, str]:
 def _next_option(name: str, dimension: Choice, judged: Judged) -> tuple[Any, str] | None:
     """Of a rising list of numbers whose best trials crowd at an end, the number that would come next."""
     options = numbers(dimension)
-    crowded = crowd(name, dimension, judged.good) if options is not None and len(options) >= 3 else None
-    if options is None or crowded is None or matters(judged, name, dimension) >= _P:
+    crowded = crowd(name, dimension, judged) if options is not None and len(options) >= 3 else None
+    if options is None or crowded is None or crowded.unstable or matters(judged, name, dimension) >= _P:
         return None
     last, before = (options[0], options[1]) if crowded.end == "lower" else (options[-1], options[-2])
     grows = options[0] > 0 and options[-1] / options[0] > len(options)  # 1, 10, 100 rather than 1, 2, 3

@@ -118,6 +118,18 @@ def test_where_the_best_trials_crowd_the_bound_is_widened() -> None:
     assert high < 1e-1
 
 
+def test_a_bound_beyond_which_trials_diverge_is_not_widened() -> None:
+    space = {"lr": Float(1e-4, 1e-1)}
+    lost = [
+        Trial(number=100 + n, round=0, hparams={"lr": 0.09}, signature="", state=TrialState.FAILED,
+              reason="diverged: the training loss is nan in epoch 1")
+        for n in range(3)
+    ]  # fmt: skip
+    found = refine(space, [*search(space, hill(1.0)), *lost], ACCURACY)
+    assert bounds(found, "lr")[1] == 0.1
+    assert "but 3 diverged there: steady the training before going on; none of" in found.reasons["lr"]
+
+
 @pytest.mark.parametrize(
     ("name", "dimension", "up", "bound"),
     [

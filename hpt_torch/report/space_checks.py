@@ -154,8 +154,8 @@ def edges(summary: Summary, judged: Judged) -> list[Finding]:
         return []
     found = []
     for name, dimension in summary.space.items():
-        at = crowd(name, dimension, judged.good)
-        if at is None or matters(judged, name, dimension) >= _P:
+        at = crowd(name, dimension, judged)
+        if at is None or at.unstable or matters(judged, name, dimension) >= _P:
             continue
         ends = (
             (dimension.options[0], dimension.options[-1])

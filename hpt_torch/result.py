@@ -12,7 +12,9 @@ from torch import nn
 from hpt_torch import checkpoint
 from hpt_torch.record import Record, weights_of
 from hpt_torch.report import Summary, summarise
+from hpt_torch.report.cards import result_card
 from hpt_torch.report.export import trials_csv, write_exports, write_page
+from hpt_torch.report.figures import Plots
 from hpt_torch.report.terminal import show_value
 from hpt_torch.samplers import make_study
 from hpt_torch.task import Task
@@ -66,6 +68,11 @@ class Result:
         """The trials as an in-memory Optuna study, for optuna.visualization and optuna.importance."""
         return make_study(self.summary.space, self.trials, self.objective)
 
+    @property
+    def plot(self) -> Plots:
+        """Interactive figures, such as ``result.plot.progress()``; they need plotly (the extra "plots")."""
+        return Plots(self.summary, self.study)
+
     def hparams(self, trial: Trial | None = None) -> dict[str, Any]:
         """All hyperparameters of a trial (default: the best), the fixed ones included."""
         return self.summary.full_hparams(self.best if trial is None else trial)
@@ -115,7 +122,4 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        rows = "".join(trial._repr_html_() for trial in self.summary.ranked[:1])
-        return f"<p>{escape(repr(self))}</p>{rows}"
+        return result_card(self.summary, self.path)

@@ -118,13 +118,9 @@ class Trial:
         return self.reports[-1].epoch if self.reports else 0
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from hpt_torch.report.cards import trial_card
 
-        cells = "".join(
-            f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>"
-            for name, value in [*self.hparams.items(), *self.metrics.items()]
-        )
-        return f"<b>Trial {self.number}</b> {self.state.value}<table>{cells}</table>"
+        return trial_card(self)
 
 
 def means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

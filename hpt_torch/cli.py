@@ -1,4 +1,4 @@
-"""The command line: hpt run | validate | report | replay | list."""
+"""The command line: hpt run | validate | report | compare | refine | replay | list."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hpt_torch import __version__
+from hpt_torch import __version__, commands
 from hpt_torch.types import HptError, Interrupted, printable
 
 if TYPE_CHECKING:
@@ -224,6 +224,10 @@ def replay(
     if found.failed:
         typer.echo(f"  failed     {found.failed}")
     typer.echo(f"  runs       {run_dir / FOLDER}")
+
+
+app.command()(commands.compare)
+app.command()(commands.refine)
 
 
 @app.command("list")

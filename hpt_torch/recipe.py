@@ -227,7 +227,7 @@ def schema() -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``field: old -> new`` for every field in which two recipes (plain data) would give other results."""
     lines = []
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     population = flat_new.get("scheduler.kind") in ("pbt", "schedule")  # its size is no budget
     for key in sorted(set(flat_old) | set(flat_new)):
         free = any(key == name or key.startswith(f"{name}.") for name in EXTENDABLE)
@@ -239,7 +239,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _flatten(data: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``section.field`` -> value, one level down."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):

@@ -225,7 +225,7 @@ def _choice(name: str, dimension: Choice, judged: Judged) -> tuple[Choice, str]:
         if p < _P / len(dimension.options):
             dropped[encode(option)] = f"{encode(option)} ({len(own)} trials, p = {p:.2g})"
         else:
-            unsure.append(encode(option))
+            unsure.append(f"{encode(option)} ({len(own)} trial{'' if len(own) == 1 else 's'})")
     options = [option for option in dimension.options if encode(option) not in dropped]
     about = []
     if dropped:
@@ -240,10 +240,7 @@ def _choice(name: str, dimension: Choice, judged: Judged) -> tuple[Choice, str]:
         about.append(why)
     if not about:
         if unsure:
-            return (
-                dimension,
-                f"left: no good trial uses {', '.join(unsure)}, but so few do that it may be chance",
-            )
+            return dimension, f"left: no good trial uses {', '.join(unsure)}, which may be chance"
         return dimension, "left: good trials use every option"
     return Choice(options, when=dimension.when), "; ".join(about)
 

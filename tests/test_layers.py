@@ -75,7 +75,7 @@ WRITE_METHODS = ("write_text", "write_bytes", "mkdir", "unlink", "touch", "rmdir
 WRITERS = (
     "record", "checkpoint",  # the truth of a run
     "report.export", "rundir", "session", "observers",  # what is derived from it, and where it lies
-    "result",  # where the user says: Result.to_csv(path)
+    "result", "commands",  # where the user says: Result.to_csv(path), hpt compare --html, hpt refine --out
     "data.cache", "data.image_sources",  # downloaded data sets: no part of a run
 )  # fmt: skip
 

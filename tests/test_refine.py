@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from hpt_torch import recipe as recipes
 from hpt_torch import space as spaces
+from hpt_torch.cli import app
 from hpt_torch.evidence import judge
+from hpt_torch.record import Event, Record, finish_event, report_event, trial_event
 from hpt_torch.refine import Refinement, refine
+from hpt_torch.report import summarise
 from hpt_torch.seeding import generator
 from hpt_torch.space import Choice, Float, Int, Space
 from hpt_torch.types import Objective, Phase, Report, Trial, TrialState, UserInputError
@@ -209,7 +216,7 @@ def test_an_option_that_was_hardly_tried_is_kept() -> None:
     found = refine(OPTIONS, [*many, trial(30, 0.1, optimizer="sgd", lr=1e-2)], ACCURACY)
     assert found.space["optimizer"].options == ("sgd", "adam", "adamw")  # type: ignore[union-attr]
     assert found.reasons["optimizer"] == (
-        'left: no good trial uses "sgd", "adamw", but so few do that it may be chance'
+        'left: no good trial uses "sgd" (1 trial), "adamw" (0 trials), which may be chance'
     )
 
 
@@ -310,3 +317,118 @@ def test_a_crash_says_nothing_but_divergence_does() -> None:
 def test_trials_that_tie_with_the_last_good_one_are_good_too() -> None:
     judged = judge([trial(n, 1.0 if n < 30 else 0.5, lr=0.1) for n in range(40)], ACCURACY)
     assert len(judged.good) == 30
+
+
+# -- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a recipe on digits whose lr range is far too low: its best trials crowd at the upper bound."""
+    folder = tmp_path_factory.mktemp("refine")
+    (folder / "low.toml").write_text(LOW)
+    done = CliRunner().invoke(
+        app, ["run", str(folder / "low.toml"), "--quiet", "--run-dir", str(folder / "low")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "Edge of the space" in done.stdout  # the diagnosis says it too
+    return folder
+
+
+LOW = """name = "low"
+[hparams]
+hidden_sizes = [32]
+batch_size = 64
+[space]
+lr = { float = [1e-5, 1e-3] }
+dropout = { float = [0.0, 0.2] }
+[search]
+sampler = "random"
+trials = 80
+[trainer]
+epochs = 5
+threads = 1
+device = "cpu"
+[run]
+tensorboard = false
+"""
+
+
+@pytest.mark.slow
+def test_the_command_proposes_and_writes_a_recipe_where_asked(searched: Path) -> None:
+    before = sorted(p.name for p in (searched / "low").iterdir())
+    done = CliRunner().invoke(app, ["refine", str(searched / "low")])
+    assert done.exit_code == 0
+    assert "The space after low" in done.stdout
+    assert "so the upper bound" in " ".join(re.sub("[│┃]", " ", done.stdout).split())
+    assert "The hold-out rows were read by this run already" in done.stdout
+    assert sorted(p.name for p in (searched / "low").iterdir()) == before
+    target = searched / "low-refined.toml"
+    done = CliRunner().invoke(app, ["refine", str(searched / "low"), "--out", str(target)])
+    assert done.stdout.endswith(f"Recipe: {target}\n")
+    recipe = recipes.load(target)
+    old = recipes.load(searched / "low.toml")
+    assert recipe.name == "low-refined"
+    assert recipe.space["lr"].high > 1e-3
+    assert recipe.space["lr"].low > 1e-5
+    assert {**recipe.model_dump(), "name": 0, "space": 0, "hparams": 0} == {
+        **old.model_dump(), "name": 0, "space": 0, "hparams": 0
+    }  # fmt: skip
+    assert CliRunner().invoke(app, ["validate", str(target)]).exit_code == 0
+
+
+@pytest.mark.slow
+def test_with_run_it_is_searched_and_the_same_command_goes_on(searched: Path) -> None:
+    command = ["refine", str(searched / "low"), "--run", "--run-dir", str(searched / "next")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert (searched / "low" / "refined.toml").is_file()
+    with Record(searched / "next" / "run.db", readonly=True) as record:
+        summary = summarise(record)
+    with Record(searched / "low" / "run.db", readonly=True) as record:
+        first = summarise(record)
+    assert first.best is not None
+    assert summary.best is not None
+    assert summary.trials[0].hparams == first.best.hparams  # it begins where the last one ended
+    assert summary.objective.score(summary.best) > first.objective.score(first.best)  # type: ignore[operator]
+    count = len(record.events)
+    assert CliRunner().invoke(app, command).exit_code == 0
+    with Record(searched / "next" / "run.db", readonly=True) as record:
+        assert len(summarise(record).trials) == len(summary.trials)
+        assert len(record.events) >= count
+
+
+def by_hand(path: Path, sampler: str = "random", kind: str = "classification", trials: int = 0) -> Path:
+    path.mkdir()
+    with Record(path / "run.db") as record:
+        raw = {"name": "made", "seed": 0, "hparams": {}, "search": {"sampler": sampler},
+               "task": {"kind": kind, "model": "mlp", "data": "digits"},
+               "space": {"width": {"choice": [8, 16, 32]}}}  # fmt: skip
+        objective = {"metric": "valid/accuracy", "direction": "maximize"}
+        record.append(Event(kind="run", body={"format": 1, "recipe": raw, "objective": objective}))
+        for number in range(trials):
+            score = 0.9 - 0.5 * (number % 3 == 0) + 0.001 * number
+            width = (8, 16, 32)[number % 3]
+            report = Report(trial=number, epoch=1, metrics={"valid/accuracy": score}, seconds=0.1)
+            record.append(
+                trial_event(number, 0, {"width": width}, ""),
+                report_event(report),
+                finish_event(number, TrialState.COMPLETE, "", kept_epoch=1),
+            )
+    return path
+
+
+def test_what_the_command_cannot_do_is_said(tmp_path: Path) -> None:
+    target = tmp_path / "out.toml"
+    done = CliRunner().invoke(app, ["refine", str(by_hand(tmp_path / "none")), "--out", str(target)])
+    assert done.stdout.endswith("Nothing is changed, so no recipe is written and nothing is run.\n")
+    assert not target.exists()
+    python = by_hand(tmp_path / "python", kind="python", trials=30)
+    done = CliRunner().invoke(app, ["refine", str(python), "--run"])
+    assert done.stdout.endswith("The run was made from Python: give `tune` the space above.\n")
+    grid = by_hand(tmp_path / "grid", sampler="grid", trials=30)
+    done = CliRunner().invoke(app, ["refine", str(grid), "--out", str(target)])
+    assert "Every point of the refined grid was tried already" in done.stdout
+    assert "width = { choice = [16, 32], default = 32 }" in target.read_text()
+    done = CliRunner().invoke(app, ["refine", str(tmp_path / "nothing")])
+    assert "is not a run directory" in str(done.exception)

@@ -122,7 +122,7 @@ def selection(summary: Summary) -> Finding | None:
     Where hold-out rows were read, they decide.
     """
     best, objective = summary.best, summary.objective
-    known = None if best is None else _standard_error(summary, best)
+    known = None if best is None else standard_error(summary, best)
     score = None if best is None else objective.score(best)
     if known is None or score is None:
         return None
@@ -154,7 +154,7 @@ def selection(summary: Summary) -> Finding | None:
     )
 
 
-def _standard_error(summary: Summary, best: Trial) -> tuple[float, str] | None:
+def standard_error(summary: Summary, best: Trial) -> tuple[float, str] | None:
     """(standard error of the best score, from what): over folds, or of a share of the valid rows."""
     error, score = summary.objective.standard_error(best), summary.objective.score(best)
     if error is not None:

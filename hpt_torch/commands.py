@@ -1,0 +1,172 @@
+"""hpt compare | refine: commands over runs that exist. `cli` registers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from hpt_torch.refine import Refinement
+    from hpt_torch.report.summary import Summary
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="two run directories or more")],
+    form: Annotated[str, typer.Option("--format", help="text, or md for a pull request")] = "text",
+    html: Annotated[Path | None, typer.Option(help="also write a page with curves to this file")] = None,
+) -> None:
+    """Shows runs side by side: what their recipes differ in, what each reached, and how soon."""
+    from hpt_torch.report import compare as comparison
+    from hpt_torch.report import compare_views as views
+
+    if form not in ("text", "md"):
+        raise typer.BadParameter(f"--format must be text or md, got {form!r}")
+    if len(runs) < 2:
+        raise typer.BadParameter("name two runs or more; hpt report shows one")
+    found = comparison.read(runs)
+    if form == "md":
+        typer.echo(views.markdown(found), nl=False)
+    else:
+        views.print_comparison(found)
+    if html is not None:
+        _write(html, views.html(found))
+        typer.echo(f"With curves: {html}", err=True)
+
+
+def refine(
+    run_dir: Annotated[Path, typer.Argument(help="the directory of a run")],
+    out: Annotated[Path | None, typer.Option(help="write the recipe with it to this file")] = None,
+    run_it: Annotated[
+        bool, typer.Option("--run", help="and search it, with the run's other settings")
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option("--run-dir", help="with --run: where (default: runs/NAME-refined)")
+    ] = None,
+    allow_import: Annotated[
+        list[str] | None, typer.Option(help="with --run: a module that the recipe may import")
+    ] = None,
+) -> None:
+    """Proposes the next search space from a run's trials, with the reason for every bound.
+
+    Ranges are narrowed to where the best trials lie, and widened where these crowd at an end.
+    """
+    from hpt_torch.record import Record
+    from hpt_torch.refine import refine as refined
+    from hpt_torch.report.summary import summarise
+
+    with Record(run_dir / "run.db", readonly=True) as record:
+        summary = summarise(record)
+        recipe = record.of_kind("run")[0].body["recipe"]
+    found = refined(summary.space, summary.trials, summary.objective)
+    _show(summary, found)
+    for note in _notes(recipe, summary, found):
+        typer.echo(note)
+    if not (out or run_it):
+        return
+    if not found.changed:
+        typer.echo("Nothing is changed, so no recipe is written and nothing is run.")
+        return
+    if recipe["task"]["kind"] == "python":
+        typer.echo("The run was made from Python: give `tune` the space above.")
+        return
+    name = f"{recipe['name'][:55]}-refined"
+    path = out or run_dir / "refined.toml"
+    _write(path, f"# Refined from the run {run_dir.resolve().name}.\n{_recipe(recipe, name, found)}")
+    typer.echo(f"Recipe: {path}")
+    if run_it:
+        from hpt_torch import cli  # which imports this module
+
+        cli.run(str(path), run_dir=to, allow_import=allow_import)
+
+
+def _show(summary: Summary, found: Refinement) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from hpt_torch.types import printable
+
+    table = Table(title=f"The space after {summary.name}", title_justify="left")
+    for label in ("", "searched", "next", "why"):
+        table.add_column(label, overflow="fold")
+    for name, old in summary.space.items():
+        new = found.space.get(name)
+        after = "" if name not in found.changed else "left out" if new is None else _values(new)
+        row = (name, _values(old), after, found.reasons[name])
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console().print(table if summary.space else "Nothing was searched, so there is nothing to refine.")
+
+
+def _values(dimension: Any) -> str:
+    """A dimension without its default and condition: 0.0001 to 0.1; relu, gelu."""
+    from hpt_torch.report.terminal import show_value
+    from hpt_torch.space import Choice
+
+    if isinstance(dimension, Choice):
+        return ", ".join(show_value(option) for option in dimension.options)
+    step = "" if dimension.step in (None, 1) else f", step {dimension.step:g}"
+    return f"{dimension.low:g} to {dimension.high:g}{step}"
+
+
+def _notes(recipe: Mapping[str, Any], summary: Summary, found: Refinement) -> list[str]:
+    notes = []
+    if summary.holdout_reads and found.changed:
+        notes.append(
+            "The hold-out rows were read by this run already: the figure of a refined one on them is a "
+            "little less honest."
+        )
+    grid = recipe["search"]["sampler"] == "grid"
+    if (
+        grid
+        and found.changed
+        and not any(word in r for r in found.reasons.values() for word in ("widened", "is new"))
+    ):
+        notes.append(
+            "Every point of the refined grid was tried already: search ranges (float, int) with "
+            "search.sampler = tpe to look between them."
+        )
+    return notes
+
+
+def _recipe(recipe: Mapping[str, Any], name: str, found: Refinement) -> str:
+    """The run's recipe with the refined space, as TOML: what is not the default, a dimension a line."""
+    import tomli_w
+
+    from hpt_torch.recipe import Recipe
+    from hpt_torch.space import dump_dimension
+
+    given = Recipe.model_validate({**recipe, "name": name, "space": {}})
+    raw = given.model_dump(exclude_defaults=True, exclude_none=True)
+    raw = {"name": name, "task": {}, **raw}
+    raw["task"] = {**{key: recipe["task"][key] for key in ("kind", "model", "data")}, **raw["task"]}
+    text = tomli_w.dumps({key: value for key, value in raw.items() if value not in ({}, [])})
+    lines = ["", "[space]"]
+    for key, dimension in found.space.items():
+        lines.append(f"{_key(key)} = {_inline(dump_dimension(dimension))}")
+    return text + "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    """A value on one line of TOML; of texts, numbers and lists TOML's form is JSON's."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_key(key)} = {_inline(item)}' for key, item in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    plain = all(c.isascii() and (c.isalnum() or c in "_-") for c in name)
+    return name if plain and name else json.dumps(name)
+
+
+def _write(path: Path, text: str) -> None:
+    """Raises RunError where the file cannot be written."""
+    from hpt_torch.types import RunError
+
+    try:
+        path.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}; name another file") from error

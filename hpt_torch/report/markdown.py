@@ -6,7 +6,7 @@ from hpt_torch.report import findings
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import number
 from hpt_torch.report.terminal import show_seconds, show_value
-from hpt_torch.types import Trial
+from hpt_torch.types import Trial, printable
 
 TOP = 5
 _JOINER = "\u2060"  # has no width; after @ and # it keeps GitHub from making a mention or a link of them
@@ -68,5 +68,5 @@ def _score(summary: Summary, trial: Trial) -> str:
 
 
 def plain(text: str) -> str:
-    """On one line, with nothing in it that markdown or HTML would read, nor a mention of anybody."""
-    return " ".join(text.split()).translate(_SPECIAL)
+    """On one line, with nothing in it that markdown, HTML or a terminal would read, and without mentions."""
+    return printable(" ".join(text.split()), 5000).translate(_SPECIAL)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from hpt_torch.record import Event, Record, finish_event, report_event, trial_event
-from hpt_torch.report import findings, summarise
+from hpt_torch.cli import app
+from hpt_torch.record import (
+    Event,
+    Record,
+    StateFile,
+    finish_event,
+    report_event,
+    state_event,
+    trial_event,
+)
+from hpt_torch.report import advice, findings, summarise
 from hpt_torch.report.diagnosis import diagnose, replay_scores, selection
 from hpt_torch.report.findings import Finding
 from hpt_torch.report.summary import Summary
@@ -464,3 +477,68 @@ def test_replays_are_read_from_the_run(tmp_path: Path) -> None:
         )
     Run(tmp_path / "replays" / f"trial-{best.number + 1}-seed-1", {}).trial(0.1)
     assert replay_scores(tmp_path, run.summary) == [0.5, 0.75]
+
+
+# -- where it is shown ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Path:
+    """A run with findings, one of which has a name in it that HTML, markdown and terminals would read."""
+    space = {EVIL: {"float": [1e-4, 1e-1], "log": True}, "dropout": {"float": [0.0, 0.5]}}
+    run, rng = Run(tmp_path, space), generator(0, "shown")
+    for _ in range(80):
+        value = 10 ** rng.uniform(-4, -1)
+        run.trial(0.9 + 0.1 * math.log10(value), **{EVIL: value, "dropout": float(rng.uniform(0, 0.5))})
+    best = run.summary.best
+    assert best is not None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    file = StateFile(name="best.safetensors", sha256=digest, key="best", meta={"trial": best.number})
+    run.record.append(state_event(file))
+    return tmp_path
+
+
+EVIL = "<b>\x1b[31m*l_r*"
+
+
+def test_findings_are_on_the_page_on_the_terminal_in_markdown_and_in_json(shown: Path) -> None:
+    def hpt(*options: str) -> str:
+        done = CliRunner().invoke(app, ["report", str(shown), *options])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    text = " ".join(hpt().split())
+    assert "What to look at Edge of the space <b>\\x1b[31m*l_r*'s best values sit at its upper" in text
+    assert "**What to look at**\n\n- **Edge of the space**: \\<b\\>\\\\x1b\\[31m\\*l\\_r\\*'s" in hpt(
+        "--format", "md"
+    )
+    found = json.loads(hpt("--json"))["findings"]
+    assert [finding["kind"] for finding in found] == ["edge", "importance"]
+    assert found[0]["text"].startswith(f"{EVIL}'s best values sit at its upper end: ")
+    assert found[0]["check"] == "Identifying bad search space boundaries"
+    assert "findings" not in json.loads(hpt("--canonical"))
+    page = (shown / "report.html").read_text(encoding="utf-8")
+    assert '<section id="findings"><h2>What to look at</h2>' in page
+    assert "&lt;b&gt;" in page
+    assert "<b>\x1b" not in page
+
+
+def test_a_terminal_shows_the_first_six(capsys: pytest.CaptureFixture[str]) -> None:
+    many = [Finding("edge", f"Number {n}: widen.", "Boundaries") for n in range(9)]
+    advice.print_findings(many)
+    text = capsys.readouterr().out
+    assert "Number 5" in text
+    assert "Number 6" not in text
+    assert "and 3 more in report.html" in text
+    advice.print_findings([])
+    assert capsys.readouterr().out == ""
+    assert advice.as_markdown([]) == advice.as_html([]) == ""
+
+
+def test_every_kind_of_finding_has_a_label() -> None:
+    folder = Path(findings.__file__).parent
+    texts = [(folder / f"{name}.py").read_text() for name in ("diagnosis", "curve_checks", "space_checks")]
+    kinds = {kind for text in texts for kind in re.findall(r'Finding\(\s*"([a-z_]+)"', text)}
+    assert kinds == set(advice.LABELS)

@@ -1,4 +1,4 @@
-"""The command line: hpt run | validate | report | compare | refine | replay | list."""
+"""The command line: hpt run | validate | report | compare | refine | replay | list | dashboard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hpt_torch import __version__, commands
+from hpt_torch import __version__, cli_help, commands, dashboard
 from hpt_torch.types import HptError, Interrupted, printable
 
 if TYPE_CHECKING:
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     from hpt_torch.session import Checked
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Hyperparameter tuning for PyTorch. A run that was stopped or killed goes on with the same command.",
 )
-_RECIPE = Annotated[str, typer.Argument(help="a recipe file, or the name of one that `hpt list` shows")]
+_RECIPE = Annotated[
+    str,
+    typer.Argument(
+        help="a recipe file, or the name of one that `hpt list` shows", autocompletion=cli_help.recipes
+    ),
+]
 _OVERRIDES = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="such as search.trials=20, seed=1, or lr=0.01 to fix it"),
@@ -310,6 +314,10 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+app.command()(dashboard.dashboard)
+cli_help.add_examples(app)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,11 +50,26 @@ def _application(run_dir: Path) -> Callable[..., Any]:
 
     with Record(run_dir / "run.db", readonly=True) as record:
         summary = summarise(record)
+        when = {
+            trial.number: (
+                record.reported_at(trial.number, trial.reports[0].epoch) - trial.reports[0].seconds,
+                record.reported_at(trial.number, trial.reports[-1].epoch),
+            )
+            for trial in summary.trials
+            if trial.reports
+        }
     study = make_study(summary.space, summary.trials, summary.objective)
     storage = optuna.storages.InMemoryStorage()
     shown = optuna.create_study(storage=storage, study_name=summary.name, directions=study.directions)
-    shown.set_metric_names([summary.objective.metric])
-    shown.add_trials(study.trials)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # it may go: only a label
+        shown.set_metric_names([summary.objective.metric])
+    trials = study.trials
+    for trial, frozen in zip(summary.trials, trials, strict=True):
+        if trial.number in when:  # else the timeline would show when this copy was made
+            frozen.datetime_start, ended = map(datetime.fromtimestamp, when[trial.number])
+            frozen.datetime_complete = ended if trial.state.is_finished else None
+    shown.add_trials(trials)
     application: Callable[..., Any] = optuna_dashboard.wsgi(storage)
     return application
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,9 @@ def test_the_dashboard_shows_the_run(tmp_path: Path, run_quick: RunQuick) -> Non
     )  # fmt: skip
     try:
         assert process.stderr is not None
-        found = None
-        while found is None:
-            line = process.stderr.readline()
-            assert line, "it ended without an address"
-            found = re.search(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C", line)
+        line = process.stderr.readline()  # the first one: no warning before it
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C", line)
+        assert found is not None, line
         url = f"http://127.0.0.1:{found[1]}"
         with urllib.request.urlopen(f"{url}/api/studies", timeout=30) as answer:
             (study,) = json.load(answer)["study_summaries"]
@@ -110,7 +109,10 @@ def test_the_dashboard_shows_the_run(tmp_path: Path, run_quick: RunQuick) -> Non
             trials = json.load(answer)["trials"]
         with Record(tmp_path / "run" / "run.db", readonly=True) as record:
             expected = [trial.metrics["valid/accuracy"] for trial in record.in_order()]
+            ended = [record.reported_at(trial.number, trial.epoch) for trial in record.in_order()]
         assert [trial["values"][0] for trial in trials] == pytest.approx(expected)
+        shown = [datetime.fromisoformat(trial["datetime_complete"]).timestamp() for trial in trials]
+        assert shown == pytest.approx(ended, abs=1.0)
         busy = subprocess.run(
             [*HPT, "dashboard", str(tmp_path / "run"), "--port", found[1]],
             cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,

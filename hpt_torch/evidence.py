@@ -85,6 +85,10 @@ def numbers(dimension: Dimension) -> Sequence[float] | None:
     return options if rising and len(options) == len(dimension.options) else None
 
 
+def _has_no_order(dimension: Dimension) -> bool:
+    return isinstance(dimension, Choice) and numbers(dimension) is None
+
+
 def place(name: str, dimension: Dimension, value: object) -> float:
     """0 at the lower end, 1 at the upper, on the dimension's scale; of a choice of numbers by its place in
     the list; nan for what has no order."""
@@ -210,7 +214,7 @@ def placed(judged: Judged, dimensions: Space) -> tuple[list[Trial], Array]:
         for i, trial in enumerate(judged.trials)
         if all(
             name in trial.hparams
-            and (isinstance(d, Choice) or not math.isnan(place(name, d, trial.hparams[name])))
+            and (_has_no_order(d) or not math.isnan(place(name, d, trial.hparams[name])))
             for name, d in dimensions.items()
         )
     ]

@@ -12,6 +12,7 @@ from scipy import stats
 
 from hpt_torch.evidence import (
     FEWEST_TRIALS,
+    Array,
     Judged,
     allowed,
     columns,
@@ -19,6 +20,7 @@ from hpt_torch.evidence import (
     diverged,
     explained,
     matters,
+    numbers,
     place,
     placed,
 )
@@ -30,7 +32,7 @@ from hpt_torch.space import Choice, Dimension, encode
 from hpt_torch.types import Trial, TrialState, is_number
 
 _P = 0.01  # of a test, before anything is said
-_LITTLE = 0.05  # of the importance
+_LITTLE, _MUCH = 0.05, 0.1  # of the importance
 _INSIGHT = "Identifying scientific, nuisance, and fixed hyperparameters"
 
 
@@ -165,13 +167,13 @@ def edges(summary: Summary, judged: Judged) -> list[Finding]:
         end = ends[at.end == "upper"]
         if end == allowed(name)[at.end == "upper"]:
             continue  # there is nothing beyond it
-        side = "at most" if at.end == "lower" else "at least"
+        side = "" if isinstance(dimension, Choice) else "at most " if at.end == "lower" else "at least "
         found.append(
             Finding(
                 "edge",
                 f"{name}'s best values sit at its {at.end} end: {at.count} of the best {at.of} of "
-                f"{len(judged.trials)} trials have {side} {at.where:.3g} in {ends[0]:g} to {ends[1]:g}: "
-                f"search on beyond {end:g} (hpt refine proposes a space).",
+                f"{len(judged.trials)} trials have {side}{at.where:.3g} (searched: {ends[0]:g} to "
+                f"{ends[1]:g}): search on beyond {end:g} (hpt refine proposes a space).",
                 "Identifying bad search space boundaries",
             )
         )
@@ -231,8 +233,7 @@ def interaction(summary: Summary, judged: Judged) -> Finding | None:
             if len(trials) < FEWEST_TRIALS:
                 continue
             one, two = columns(a, first, trials), columns(b, second, trials)
-            x = one if isinstance(first, Choice) else one[:, :1]
-            y = two if isinstance(second, Choice) else two[:, :1]
+            x, y = _line(a, first, trials), _line(b, second, trials)
             product = (x[:, :, None] * y[:, None, :]).reshape(len(trials), -1)
             share, p = explained(scores, np.hstack([one, two]), product)
             design = np.hstack([np.ones((len(trials), 1)), one, two, product])
@@ -245,7 +246,7 @@ def interaction(summary: Summary, judged: Judged) -> Finding | None:
     p, share, a, b, slope, count = min(pairs)
     if p >= _P / len(pairs) or -share < 0.05:
         return None
-    ordered = not isinstance(summary.space[a], Choice) and not isinstance(summary.space[b], Choice)
+    ordered = all(not isinstance(d, Choice) or numbers(d) for d in (summary.space[a], summary.space[b]))
     how = f": a high {a} goes with a {'high' if slope > 0 else 'low'} {b}" if ordered else ""
     return Finding(
         "interaction",
@@ -255,17 +256,23 @@ def interaction(summary: Summary, judged: Judged) -> Finding | None:
     )
 
 
+def _line(name: str, dimension: Dimension, trials: Sequence[Trial]) -> Array:
+    """(trials, k): the place in the range; of a choice without order, a column an option."""
+    if isinstance(dimension, Choice) and numbers(dimension) is None:
+        return columns(name, dimension, trials)
+    return np.array([[place(name, dimension, trial.hparams[name]) - 0.5] for trial in trials])
+
+
 def importance(summary: Summary, known: Importance) -> Finding | None:
-    """Which hyperparameters matter, by PED-ANOVA and fANOVA (same section: what matters little is fixed)."""
+    """Which hyperparameters matter, where PED-ANOVA and fANOVA agree (same section: what matters little is
+    fixed)."""
     shares, whole = known.best, known.whole
-    if len(shares) < 2:
+    main = [name for name, share in shares.items() if min(share, whole.get(name, 0.0)) >= _MUCH][:3]
+    if len(shares) < 2 or not main:
         return None
-    main = [name for name in shares if shares[name] >= 0.2][:3]
-    little = [name for name in shares if max(shares[name], whole.get(name, 0.0)) < _LITTLE]
-    if not main:
-        return None
-    listed = ", ".join(f"{name} {shares[name]:.0%} (fANOVA {whole.get(name, 0.0):.0%})" for name in main)
-    text = f"What sets the best of {len(summary.ranked)} trials apart, by PED-ANOVA: {listed}"
+    little = [name for name, share in shares.items() if max(share, whole.get(name, 0.0)) < _LITTLE]
+    listed = ", ".join(f"{name} (PED-ANOVA {shares[name]:.0%}, fANOVA {whole[name]:.0%})" for name in main)
+    text = f"The best of {len(summary.ranked)} trials differ from the others mostly in {listed}"
     if little:
         verb, them = ("matters", "it") if len(little) == 1 else ("matter", "them")
         text += (

@@ -24,7 +24,7 @@ from hpt_torch.record import (
     state_event,
     trial_event,
 )
-from hpt_torch.report import advice, findings, summarise
+from hpt_torch.report import advice, findings, space_checks, summarise
 from hpt_torch.report.diagnosis import diagnose, replay_scores, selection
 from hpt_torch.report.findings import Finding
 from hpt_torch.report.summary import Summary
@@ -271,7 +271,7 @@ def test_the_edge_of_a_list_of_numbers(tmp_path: Path) -> None:
         run.trial(
             0.9 + 0.05 * math.log10(lr) + 0.01 * rng.standard_normal(), lr=lr, dropout=rng.uniform(0, 0.5)
         )
-    assert "have at least 0.1 in 0.001 to 0.1: search on beyond 0.1" in run.found()["edge"].text
+    assert " trials have 0.1 (searched: 0.001 to 0.1): search on beyond 0.1" in run.found()["edge"].text
 
 
 def test_divergence_and_where(tmp_path: Path) -> None:
@@ -341,11 +341,33 @@ def test_combinations_without_a_model(tmp_path: Path) -> None:
 
 
 def test_what_matters_and_what_does_not(tmp_path: Path) -> None:
-    text = peaked(Run(tmp_path), trials=100).found()["importance"].text
-    assert text.startswith("What sets the best of 100 trials apart, by PED-ANOVA: lr ")
-    assert " (fANOVA " in text
-    shares = findings.importance(peaked(Run(tmp_path / "again"), trials=100).summary).whole
+    run = peaked(Run(tmp_path), trials=100)
+    text = run.found()["importance"].text
+    assert text.startswith("The best of 100 trials differ from the others mostly in lr (PED-ANOVA ")
+    shares = findings.importance(run.summary).whole
     assert shares["lr"] > 0.8 > shares["dropout"]
+
+
+@pytest.mark.parametrize(
+    ("best", "whole", "text"),
+    [
+        ({"lr": 0.7, "dropout": 0.3}, {"lr": 0.02, "dropout": 0.03}, None),  # they do not agree
+        ({"lr": 0.9, "dropout": 0.1}, {}, None),
+        ({"lr": 1.0}, {"lr": 1.0}, None),  # there is nothing else
+        ({"lr": 0.9, "dropout": 0.02}, {"lr": 0.8, "dropout": 0.03},
+         "The best of 40 trials differ from the others mostly in lr (PED-ANOVA 90%, fANOVA 80%); dropout "
+         "matters little (below 5% in both): fix it to search the others more densely."),
+        ({"lr": 0.5, "dropout": 0.4}, {"lr": 0.7, "dropout": 0.2},
+         "The best of 40 trials differ from the others mostly in lr (PED-ANOVA 50%, fANOVA 70%), "
+         "dropout (PED-ANOVA 40%, fANOVA 20%)."),
+    ],
+)  # fmt: skip
+def test_importance_is_told_where_both_measures_agree(
+    tmp_path: Path, best: dict[str, float], whole: dict[str, float], text: str | None
+) -> None:
+    run = peaked(Run(tmp_path))
+    found = space_checks.importance(run.summary, findings.Importance(best, whole, ""))
+    assert (found.text if found is not None else None) == text
 
 
 def test_fanova_is_not_ruled_by_one_very_bad_trial(tmp_path: Path) -> None:
@@ -367,6 +389,14 @@ def test_two_that_act_together(tmp_path: Path) -> None:
     text = run.found()["interaction"].text
     assert text.startswith("lr and width act together: a high lr goes with a low width (that explains ")
     assert "interaction" not in peaked(Run(tmp_path / "apart"), trials=60).found()
+    lists = {"lr": [1e-3, 1e-2, 1e-1], "activation": ["relu", "tanh"], "batch_size": [16, 64, 256]}
+    run = Run(tmp_path / "lists", {name: {"choice": options} for name, options in lists.items()})
+    for n in range(54):
+        i, j = n % 3, n // 3 % 3  # the larger, the higher
+        score = 0.9 - 0.1 * abs(i - j) + 0.01 * rng.standard_normal()
+        run.trial(score, lr=10 ** (i - 3.0), batch_size=16 * 4**j, activation=("relu", "tanh")[n % 2])
+    text = run.found()["interaction"].text
+    assert text.startswith("lr and batch_size act together: a high lr goes with a high batch_size (that ")
 
 
 def test_batch_size_confounded_with_lr(tmp_path: Path) -> None:

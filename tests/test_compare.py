@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, ROOT
 from typer.testing import CliRunner
 
 from hpt_torch.cli import app
@@ -223,3 +223,10 @@ def test_two_runs_of_digits(run_quick: Callable[..., str], tmp_path: Path) -> No
     assert rows(runs, "What each run reached")["trials"] == ["4 complete", "2 complete"]
     assert set(rows(runs, "Best score so far, by trials")) >= {"1"}
     assert len(compare.verdict(runs)) >= 1
+
+
+def test_the_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
+    (row,) = [line for line in text.splitlines() if line.startswith("| commands |")]
+    assert set(re.findall(r"`(?:hpt )?(\w+)`", row)) == set(names)

@@ -22,7 +22,7 @@ from hpt_torch.observers.memory import tree_memory
 from hpt_torch.record import Event
 from hpt_torch.report.terminal import show_seconds, show_value
 from hpt_torch.tuner import Tuner
-from hpt_torch.types import HParams, Objective, TrialState
+from hpt_torch.types import HParams, Objective, TrialState, printable
 
 _WINDOW_SECONDS = 30.0  # over which the speed is measured
 _MEMORY_EVERY_SECONDS = 5.0  # the kernel takes about 10 ms a process to add it up
@@ -152,7 +152,7 @@ class LiveView:
         if not framed:
             yield grid
             return
-        name, path = self.tuner.recipe.name, str(self.tuner.dir.path)
+        name, path = printable(self.tuner.recipe.name), printable(str(self.tuner.dir.path))
         title = Text.assemble((f" {name} ", "bold"), no_wrap=True, overflow="ellipsis")
         below = Text(f" {path} ", style="dim", no_wrap=True, overflow="ellipsis")
         yield Panel(
@@ -239,7 +239,8 @@ class LiveView:
         text = Text(overflow="fold")
         for name, value in hparams.items():
             text.append("  " if text else "")
-            text.append(f"{name}=", style="dim").append(show_value(value).replace(", ", ","))  # no line break
+            shown = printable(show_value(value), 60).replace(", ", ",")  # no line break inside
+            text.append(f"{printable(name, 60)}=", style="dim").append(shown)
         return text
 
     def _speed(self) -> Text:

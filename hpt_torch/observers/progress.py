@@ -16,6 +16,7 @@ from hpt_torch.observers.live import LiveView
 from hpt_torch.record import Event
 from hpt_torch.report.terminal import show_seconds, show_value
 from hpt_torch.tuner import Tuner
+from hpt_torch.types import printable
 
 _PLAIN_EVERY_SECONDS = 5.0
 _REFRESHES_A_SECOND = 4.0
@@ -76,7 +77,8 @@ class ProgressObserver:
             self._live = self._view = None
 
     def say(self, line: str) -> None:
-        self.console.print(escape(line), highlight=False, soft_wrap=True)
+        shown = "\n".join(printable(part, 3000) for part in line.split("\n"))
+        self.console.print(escape(shown), highlight=False, soft_wrap=True)
 
     def _rate(self, tuner: Tuner) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)

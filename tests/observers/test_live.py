@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from rich.console import Console
 
@@ -87,6 +88,45 @@ def test_a_population_is_counted_and_leads_before_it_ends(tmp_path: Path, run_qu
     _agrees(drawn.standing, tmp_path / "run")
     assert "generation 3, epoch 3 of 4" in drawn.texts[100][-1]
     assert any("so far" in text and "0 of 6" in text for text in drawn.texts[100])
+
+
+def test_folds_are_work_of_one_trial(tmp_path: Path, run_quick: RunQuick) -> None:
+    drawn = Drawn()
+    run_quick(tmp_path / "run", "evaluation.folds=3", observers=[drawn])
+    standing = drawn.standing
+    assert standing is not None
+    assert standing.trained == 4 * 3 * 2  # trials, folds, epochs
+    assert standing.epochs == 3 * 2
+    assert (standing.finished, standing.begun) == (4, 0)
+    assert any(0 < float(done) < 4 for done in re.findall(r"(\d) of 4", "".join(drawn.texts[100])))
+
+
+def test_what_would_steer_a_terminal_is_shown(tmp_path: Path, run_quick: RunQuick) -> None:
+    from conftest import QUICK
+
+    from hpt_torch import tasks
+    from hpt_torch.data import digits
+
+    class Evil(torch.nn.Module):
+        def __init__(self, kind: str = "a"):
+            super().__init__()
+            if kind != "a":
+                raise RuntimeError(f"refused {kind} [bold]x[/bold]")
+            self.layer = torch.nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(x)
+            return out
+
+    evil = "\x1b[2J\x07"
+    raw = {**QUICK, "hparams": {"batch_size": 256}, "space": {"kind": {"choice": ["a", evil]}}}
+    drawn, console = Drawn(), Console(file=io.StringIO(), width=300)
+    observers = [drawn, ProgressObserver(console)]
+    run_quick(tmp_path / "run", raw=raw, task=tasks.Classification(Evil, digits()), observers=observers)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "refused \\x1b[2J\\x07 [bold]x[/bold]" in told
+    for text in (told, *drawn.texts[100]):
+        assert evil not in text
 
 
 @pytest.mark.parametrize("height", [8, 30])

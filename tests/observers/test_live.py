@@ -108,9 +108,9 @@ def test_what_would_steer_a_terminal_is_shown(tmp_path: Path, run_quick: RunQuic
     from hpt_torch.data import digits
 
     class Evil(torch.nn.Module):
-        def __init__(self, kind: str = "a"):
+        def __init__(self, kind: str = ""):
             super().__init__()
-            if kind != "a":
+            if kind.endswith("refused"):
                 raise RuntimeError(f"refused {kind} [bold]x[/bold]")
             self.layer = torch.nn.Linear(64, 10)
 
@@ -119,12 +119,13 @@ def test_what_would_steer_a_terminal_is_shown(tmp_path: Path, run_quick: RunQuic
             return out
 
     evil = "\x1b[2J\x07"
-    raw = {**QUICK, "hparams": {"batch_size": 256}, "space": {"kind": {"choice": ["a", evil]}}}
+    raw = {**QUICK, "hparams": {"batch_size": 256}, "space": {"kind": {"choice": [evil, f"{evil}refused"]}}}
     drawn, console = Drawn(), Console(file=io.StringIO(), width=300)
     observers = [drawn, ProgressObserver(console)]
     run_quick(tmp_path / "run", raw=raw, task=tasks.Classification(Evil, digits()), observers=observers)
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "refused \\x1b[2J\\x07 [bold]x[/bold]" in told
+    assert "refused \\x1b[2J\\x07refused [bold]x[/bold]" in told
+    assert "kind=\\x1b[2J\\x07" in drawn.texts[100][-1]
     for text in (told, *drawn.texts[100]):
         assert evil not in text
 

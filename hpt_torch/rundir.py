@@ -18,12 +18,12 @@ import filelock
 
 from hpt_torch import __version__
 from hpt_torch.checkpoint import write_atomic
-from hpt_torch.types import DamageError, RunError, RunLockedError
+from hpt_torch.types import DamageError, RunError, RunLockedError, writing
 
 _PACKAGES = ("torch", "torchvision", "optuna", "numpy", "scikit-learn", "scipy", "safetensors", "tensorboard")
 _FILES = {"run.db", "run.db-wal", "run.db-shm", "run.db-journal", "run.lock", "owner.json", "recipe.toml",
           "environment.json", "trials.csv", "report.html"}  # fmt: skip
-_FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines"}
+_FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines", "confirmations"}
 
 
 class RunDir:
@@ -51,7 +51,8 @@ class RunDir:
             return
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise self._unusable("read", error) from error
-        started = ("run.lock", "owner.json", "checkpoints", "run.db", "run.db-wal", "run.db-shm")
+        # What may be there before the first commit; the journal, while the record is made a WAL one.
+        started = _FILES - {"recipe.toml", "environment.json", "trials.csv", "report.html"} | {"checkpoints"}
         foreign = [name for name in entries if name not in started]
         if foreign and self.record.is_file() and not self.record.stat().st_size:
             raise DamageError(f"{self.record} is empty, but a run was in it; restore it from a backup")
@@ -125,8 +126,13 @@ class RunDir:
         for name in names:
             (self.checkpoints / name).unlink(missing_ok=True)
 
+    def write(self, path: Path, data: bytes) -> None:
+        """Writes a file of the run whole. Raises RunError where the disk is full or broken."""
+        with writing(path):
+            write_atomic(path, data)
+
     def write_json(self, path: Path, data: Any) -> None:
-        write_atomic(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+        self.write(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ import torch
 
 from hpt_torch import __version__, engines
 from hpt_torch import recipe as recipes
-from hpt_torch.checkpoint import write_atomic
 from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
 from hpt_torch.executors import processes
@@ -194,7 +193,7 @@ def run(
         }
         record.append(Event(kind="session", body=session))
         directory.write_json(directory.environment, where)
-        write_atomic(directory.recipe, checked.recipe.to_toml().encode())
+        directory.write(directory.recipe, checked.recipe.to_toml().encode())
         trainers = engines.trainers(checked.task, checked.recipe, checked.objective, data, device)
         executor = engines.executor(checked.recipe, checked.objective, data, device, trainers)
         with (

@@ -51,6 +51,7 @@ from hpt_torch.types import (
     RunError,
     Trial,
     TrialState,
+    writing,
 )
 
 KEEP_STATES = 2  # the newest state files of a chunk: if one is damaged, the one before serves
@@ -286,13 +287,8 @@ class Tuner:
 
     def write_state(self, key: str, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Event:
         """Writes a state file; it counts once the event that names it is committed."""
-        try:
+        with writing(self.dir.checkpoints / name):
             sha256 = checkpoint.save(self.dir.checkpoints / name, tensors, meta)
-        except OSError as error:
-            raise RunError(
-                f"{self.dir.checkpoints / name} could not be written ({error.strerror}). Everything recorded "
-                "before is intact: make room, then run the same command again"
-            ) from error
         return state_event(StateFile(name=name, sha256=sha256, key=key, meta=meta))
 
     def _needed_files(self) -> set[str]:

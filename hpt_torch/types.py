@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -228,6 +229,18 @@ class InfeasibleError(HptError):
 
 class RunError(HptError):
     """A run directory that cannot be used as asked."""
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """A RunError where the disk is full or broken, with what that means for the run."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error.strerror or error}). Everything recorded before is intact: "
+            "make room or restore access, then run the same command again"
+        ) from error
 
 
 class RunLockedError(RunError):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, canonical_of
 
-from hpt_torch import checkpoint, recipe, session
+from hpt_torch import checkpoint, recipe, rundir, session
 from hpt_torch.record import Record
 from hpt_torch.types import Interrupted, RunError, TrialState
 
@@ -36,7 +36,7 @@ class PowerSwitch:
         monkeypatch.setattr(
             Record, "append", lambda record, *events: self._step(lambda: append(record, *events))
         )
-        for module in (checkpoint, session):
+        for module in (checkpoint, rundir):
             monkeypatch.setattr(
                 module, "write_atomic", lambda path, data: self._step(lambda: write(path, data))
             )

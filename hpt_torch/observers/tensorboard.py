@@ -29,7 +29,7 @@ from hpt_torch.observers import curves
 from hpt_torch.record import Event
 from hpt_torch.space import Choice, thaw
 from hpt_torch.tuner import Tuner
-from hpt_torch.types import Trial, TrialState
+from hpt_torch.types import Trial, TrialState, writing
 
 _WRITE_EVERY_SECONDS = 2.0
 
@@ -74,7 +74,8 @@ class TensorBoardObserver:
         protos: list[EventProto] = []
         if number not in self._files:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            with writing(folder):
+                folder.mkdir(parents=True)
             self._files[number] = folder / f"events.out.tfevents.{int(time.time()):010d}.hpt.{os.getpid()}"
             self._written[number] = 0
             protos.append(EventProto(wall_time=time.time(), file_version="brain.Event:2"))
@@ -92,7 +93,7 @@ class TensorBoardObserver:
             if text := curves.end_text(trial):
                 protos.append(_note(trial.epoch, time.time(), "ended", text))
             protos.append(_end_event(trial))
-        with open(self._files[number], "ab") as file:
+        with writing(self._files[number]), open(self._files[number], "ab") as file:
             writer = RecordWriter(file)
             for proto in protos:
                 writer.write(proto.SerializeToString())

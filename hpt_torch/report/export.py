@@ -17,7 +17,7 @@ from hpt_torch.report.page import page
 from hpt_torch.report.schedule import schedule_csv, schedule_recipe
 from hpt_torch.report.summary import Summary
 from hpt_torch.space import thaw
-from hpt_torch.types import DamageError
+from hpt_torch.types import DamageError, Trial, writing
 
 _log = logging.getLogger(__name__)
 
@@ -59,21 +59,28 @@ def write_exports(record: Record, summary: Summary, path: Path) -> None:
     """Writes `trials.csv` and, once a trial is complete, `best/`: its weights, its hyperparameters, and,
     where those changed on the way, the schedule and a recipe that trains with it.
 
-    Raises DamageError where the best weights are not the ones that were recorded.
+    Raises DamageError where the best weights are not the ones that were recorded, RunError where the disk is
+    full or broken.
     """
-    (path / "trials.csv").write_text(trials_csv(summary))
+    with writing(path / "trials.csv"):
+        (path / "trials.csv").write_text(trials_csv(summary))
     if summary.best is None:
         return
     best = path / "best"
+    with writing(best):
+        _write_best(record, summary, summary.best, path, best)
+
+
+def _write_best(record: Record, summary: Summary, trial: Trial, path: Path, best: Path) -> None:
     best.mkdir(exist_ok=True)
-    again = refitted(record, summary.best)
-    file = weights_of(record, summary.best)
+    again = refitted(record, trial)
+    file = weights_of(record, trial)
     if file is not None:
         (best / "weights.safetensors").write_bytes(_read(path, file))
     if again is not None and again is not file:
         (best / "refit.safetensors").write_bytes(_read(path, again))
     (best / "hparams.toml").write_text(hparams_toml(summary))
-    if summary.best.phases:
+    if trial.phases:
         (best / "schedule.csv").write_text(schedule_csv(summary))
         recipe = schedule_recipe(record.of_kind("run")[0].body["recipe"], summary)
         (best / "schedule.toml").write_text(tomli_w.dumps(recipe))

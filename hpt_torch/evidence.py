@@ -1,9 +1,8 @@
 """What the trials of a search say about one hyperparameter: ranks, places in the range, and tests.
 
 Scores enter as ranks, so that a few very bad trials do not outweigh all others. Everything is a pure function
-of space, trials and objective. A sampler that learns (TPE, GP) tries good regions more often, and its later
-trials are better in every hyperparameter at once; the p-values here are therefore a little too small for it,
-and whoever uses them asks for more than the customary 5 % where a mistake would be costly.
+of space, trials and objective. A sampler that learns (TPE, GP) has better trials later, and crowds later: see
+`context`. What is left of that makes p-values a little too small, so whoever uses them asks for 1 %, not 5 %.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from scipy import stats
 
 from hpt_torch.hparams import CLASSIFICATION, MODEL, TRAINING, by_name
 from hpt_torch.space import Choice, Dimension, Space, encode, is_log
-from hpt_torch.types import Objective, Trial, TrialState, is_number
+from hpt_torch.types import HParamValue, Objective, Trial, TrialState, is_number
 
 FEWEST_TRIALS = 20  # below this many judged trials nothing is said
 FEWEST_GOOD = 5
@@ -212,18 +211,55 @@ def placed(judged: Judged, dimensions: Space) -> tuple[list[Trial], Array]:
     chosen = [
         i
         for i, trial in enumerate(judged.trials)
-        if all(
-            name in trial.hparams
-            and (_has_no_order(d) or not math.isnan(place(name, d, trial.hparams[name])))
-            for name, d in dimensions.items()
-        )
+        if all(_is_placed(trial, name, dimension) for name, dimension in dimensions.items())
     ]
     return [judged.trials[i] for i in chosen], judged.scores[chosen]
 
 
-def matters(judged: Judged, name: str, dimension: Dimension) -> float:
+def _is_placed(trial: Trial, name: str, dimension: Dimension) -> bool:
+    value = trial.hparams.get(name)
+    return name in trial.hparams and (
+        _has_no_order(dimension) or not math.isnan(place(name, dimension, value))
+    )
+
+
+def context(space: Space, trials: Sequence[Trial], *but: str) -> Array:
+    """(trials, k): what else may have made their scores: the round, and every other hyperparameter that all
+    of them have, each as a quadratic or one column an option; without the latter where these were too many.
+
+    A sampler that learns has better trials in later rounds, and in these it crowds in every hyperparameter,
+    also where that does not matter. Without the round, all of them would seem to matter.
+    """
+    rounds = np.array([float(trial.round) for trial in trials])
+    span = float(np.ptp(rounds)) or 1.0
+    late = (rounds - rounds.min()) / span - 0.5
+    parts = [np.stack([late, late**2], axis=1)]
+    for name, dimension in space.items():
+        if name in but or not all(_is_placed(trial, name, dimension) for trial in trials):
+            continue
+        found = columns(name, dimension, trials)
+        parts.append(found if isinstance(dimension, Choice) else found[:, :2])
+    every = np.hstack(parts)
+    return every if 3 * every.shape[1] <= len(trials) else parts[0]
+
+
+def matters(judged: Judged, name: str, space: Space) -> float:
     """p: how probable so strong a dependence of the score on this hyperparameter would be by chance."""
+    dimension = space[name]
     trials, scores = placed(judged, {name: dimension})
     if len(trials) < FEWEST_TRIALS:
         return 1.0
-    return explained(scores, np.zeros((len(trials), 0)), columns(name, dimension, trials))[1]
+    return explained(scores, context(space, trials, name), columns(name, dimension, trials))[1]
+
+
+def worse(judged: Judged, name: str, option: HParamValue, space: Space) -> float:
+    """p: how probable it would be by chance that the trials with this option score so low."""
+    trials, scores = placed(judged, {name: space[name]})
+    uses = np.array([[float(encode(trial.hparams[name]) == encode(option))] for trial in trials])
+    if len(trials) < FEWEST_TRIALS or not 0 < uses.sum() < len(trials):
+        return 1.0
+    base = context(space, trials, name)
+    design = np.hstack([np.ones((len(trials), 1)), base, uses])
+    p = explained(scores, base, uses)[1]
+    is_lower = float(np.linalg.lstsq(design, scores, rcond=None)[0][-1]) < 0
+    return p / 2 if is_lower else 1 - p / 2

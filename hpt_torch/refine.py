@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
 from hpt_torch.evidence import (
     FEWEST_GOOD,
     FEWEST_TRIALS,
@@ -28,6 +26,7 @@ from hpt_torch.evidence import (
     place,
     placed,
     value_at,
+    worse,
 )
 from hpt_torch.space import Choice, Dimension, Float, Int, Space, encode, ordered
 from hpt_torch.types import Objective, Trial, UserInputError
@@ -64,9 +63,9 @@ def refine(space: Space, trials: Sequence[Trial], objective: Objective) -> Refin
     for name in ordered(space):
         dimension = space[name]
         changed, reason = (
-            _choice(name, dimension, judged)
+            _choice(name, dimension, judged, space)
             if isinstance(dimension, Choice)
-            else _range(name, dimension, judged)
+            else _range(name, dimension, judged, space)
         )
         kept, gone = _conditions(changed, new)
         if kept is None:
@@ -99,13 +98,13 @@ def _too_few(name: str, dimension: Dimension, judged: Judged) -> str:
 # -- ranges --------------------------------------------------------------------------------------------
 
 
-def _range(name: str, dimension: Float | Int, judged: Judged) -> tuple[Dimension, str]:
+def _range(name: str, dimension: Float | Int, judged: Judged, space: Space) -> tuple[Dimension, str]:
     if dimension.low >= dimension.high:
         return dimension, "left: it has one value"
     few = _too_few(name, dimension, judged)
     if few:
         return dimension, few
-    p = matters(judged, name, dimension)
+    p = matters(judged, name, space)
     if p >= _P:
         return dimension, f"left: the score does not visibly depend on it (p = {p:.2g})"
     values = sorted(_number(trial.hparams[name]) for trial in judged.good if name in trial.hparams)
@@ -204,28 +203,24 @@ def _beyond(name: str, dimension: Float | Int, end: str) -> float | None:
 # -- choices -------------------------------------------------------------------------------------------
 
 
-def _choice(name: str, dimension: Choice, judged: Judged) -> tuple[Choice, str]:
+def _choice(name: str, dimension: Choice, judged: Judged, space: Space) -> tuple[Choice, str]:
     if len(dimension.options) < 2:
         return dimension, "left: it has one option"
     few = _too_few(name, dimension, judged)
     if few:
         return dimension, few
-    having, scores = placed(judged, {name: dimension})
+    having, _ = placed(judged, {name: dimension})
     codes = [encode(trial.hparams[name]) for trial in having]
     used = {encode(trial.hparams[name]) for trial in judged.good if name in trial.hparams}
     dropped, unsure = {}, []
     for option in dimension.options:
-        mine = [code == encode(option) for code in codes]
         if encode(option) in used:
             continue
-        own, others = scores[mine], scores[[not m for m in mine]]
-        p = 1.0
-        if len(own) and len(others):
-            p = float(stats.mannwhitneyu(own, others, alternative="less").pvalue)
+        p, count = worse(judged, name, option, space), codes.count(encode(option))
         if p < _P / len(dimension.options):
-            dropped[encode(option)] = f"{encode(option)} ({len(own)} trials, p = {p:.2g})"
+            dropped[encode(option)] = f"{encode(option)} ({count} trials, p = {p:.2g})"
         else:
-            unsure.append(f"{encode(option)} ({len(own)} trial{'' if len(own) == 1 else 's'})")
+            unsure.append(f"{encode(option)} ({count} trial{'' if count == 1 else 's'})")
     options = [option for option in dimension.options if encode(option) not in dropped]
     about = []
     if dropped:
@@ -233,23 +228,24 @@ def _choice(name: str, dimension: Choice, judged: Judged) -> tuple[Choice, str]:
             f"none of the best {len(judged.good)} trials uses {', '.join(dropped.values())}, and those "
             "trials are worse than the others"
         )
-    further = _next_option(name, dimension, judged)
+    further = _next_option(name, dimension, judged, space)
     if further is not None:
         value, why = further
         options = [value, *options] if value < options[0] else [*options, value]
         about.append(why)
     if not about:
         if unsure:
-            return dimension, f"left: no good trial uses {', '.join(unsure)}, which may be chance"
+            unclear = "but those are not clearly worse than the others"
+            return dimension, f"left: no good trial uses {', '.join(unsure)}, {unclear}"
         return dimension, "left: good trials use every option"
     return Choice(options, when=dimension.when), "; ".join(about)
 
 
-def _next_option(name: str, dimension: Choice, judged: Judged) -> tuple[Any, str] | None:
+def _next_option(name: str, dimension: Choice, judged: Judged, space: Space) -> tuple[Any, str] | None:
     """Of a rising list of numbers whose best trials crowd at an end, the number that would come next."""
     options = numbers(dimension)
     crowded = crowd(name, dimension, judged) if options is not None and len(options) >= 3 else None
-    if options is None or crowded is None or crowded.unstable or matters(judged, name, dimension) >= _P:
+    if options is None or crowded is None or crowded.unstable or matters(judged, name, space) >= _P:
         return None
     last, before = (options[0], options[1]) if crowded.end == "lower" else (options[-1], options[-2])
     grows = options[0] > 0 and options[-1] / options[0] > len(options)  # 1, 10, 100 rather than 1, 2, 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from hpt_torch.evidence import judge
 from hpt_torch.record import Event, Record, finish_event, report_event, trial_event
 from hpt_torch.refine import Refinement, refine
 from hpt_torch.report import summarise
+from hpt_torch.samplers import suggest
 from hpt_torch.seeding import generator
 from hpt_torch.space import Choice, Float, Int, Space
 from hpt_torch.types import Objective, Phase, Report, Trial, TrialState, UserInputError
@@ -111,6 +113,28 @@ def test_the_best_region_stays_inside_and_what_does_not_matter_is_left() -> None
         assert (low, high) != (1e-5, 1.0)
     assert cut == 0
     assert narrowed <= 3
+
+
+@pytest.mark.slow
+def test_what_a_sampler_that_learns_crowds_in_without_need_is_left() -> None:
+    """TPE's later trials are the better ones, and they crowd in every hyperparameter."""
+    space: Space = {**LR, "label_smoothing": Float(0.0, 0.2), "activation": Choice(["relu", "tanh", "gelu"])}
+    changed: list[str] = []
+    for seed in range(6):
+        rng, trials = generator(seed, "test tpe"), list[Trial]()
+        for first in range(0, 70, 10):
+            numbers = list(range(first, first + 10))
+            points = suggest(
+                space, trials, numbers, round=first // 10, kind="tpe", objective=ACCURACY, seed=seed
+            )
+            for number, point in zip(numbers, points, strict=True):
+                score = hill(1e-2)(dict(point)) + 0.01 * rng.standard_normal()
+                trials.append(dataclasses.replace(trial(number, score, **point), round=first // 10))
+        found = refine(space, trials, ACCURACY)
+        low, high = bounds(found, "lr")
+        assert 1e-5 < low < 1e-2 < high < 1.0
+        changed += found.changed - {"lr"}
+    assert len(changed) <= 1
 
 
 def test_where_the_best_trials_crowd_the_bound_is_widened() -> None:
@@ -216,8 +240,16 @@ def test_an_option_that_was_hardly_tried_is_kept() -> None:
     found = refine(OPTIONS, [*many, trial(30, 0.1, optimizer="sgd", lr=1e-2)], ACCURACY)
     assert found.space["optimizer"].options == ("sgd", "adam", "adamw")  # type: ignore[union-attr]
     assert found.reasons["optimizer"] == (
-        'left: no good trial uses "sgd" (1 trial), "adamw" (0 trials), which may be chance'
+        'left: no good trial uses "sgd" (1 trial), "adamw" (0 trials), but those are not clearly worse than '
+        "the others"
     )
+
+
+def test_an_option_that_is_never_the_best_but_good_on_the_whole_is_kept() -> None:
+    space: Space = {"optimizer": Choice(["wild", "steady"])}
+    wild = [trial(2 * n, 0.9 if n % 3 == 0 else 0.2 + 0.001 * n, optimizer="wild") for n in range(30)]
+    steady = [trial(2 * n + 1, 0.7, optimizer="steady") for n in range(30)]
+    assert refine(space, [*wild, *steady], ACCURACY).changed == frozenset()
 
 
 def test_options_that_diverge_or_allow_no_model_count_as_bad() -> None:

@@ -16,6 +16,7 @@ from hpt_torch.evidence import (
     Judged,
     allowed,
     columns,
+    context,
     crowd,
     diverged,
     explained,
@@ -157,7 +158,7 @@ def edges(summary: Summary, judged: Judged) -> list[Finding]:
     found = []
     for name, dimension in summary.space.items():
         at = crowd(name, dimension, judged)
-        if at is None or at.unstable or matters(judged, name, dimension) >= _P:
+        if at is None or at.unstable or matters(judged, name, summary.space) >= _P:
             continue
         ends = (
             (dimension.options[0], dimension.options[-1])
@@ -192,7 +193,7 @@ def confounded(summary: Summary, judged: Judged) -> Finding | None:
     if size is None or (size.count() or 2) < 2 or not judged.enough:
         return None
     if "lr" not in space:
-        if "lr" not in summary.fixed or matters(judged, "batch_size", size) >= _P:
+        if "lr" not in summary.fixed or matters(judged, "batch_size", space) >= _P:
             return None
         return Finding(
             "confounded",
@@ -235,8 +236,9 @@ def interaction(summary: Summary, judged: Judged) -> Finding | None:
             one, two = columns(a, first, trials), columns(b, second, trials)
             x, y = _line(a, first, trials), _line(b, second, trials)
             product = (x[:, :, None] * y[:, None, :]).reshape(len(trials), -1)
-            share, p = explained(scores, np.hstack([one, two]), product)
-            design = np.hstack([np.ones((len(trials), 1)), one, two, product])
+            alone = np.hstack([one, two, context(summary.space, trials, a, b)])
+            share, p = explained(scores, alone, product)
+            design = np.hstack([np.ones((len(trials), 1)), alone, product])
             slope = (
                 float(np.linalg.lstsq(design, scores, rcond=None)[0][-1]) if product.shape[1] == 1 else 0.0
             )

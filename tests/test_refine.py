@@ -247,8 +247,8 @@ def test_an_option_that_was_hardly_tried_is_kept() -> None:
 
 def test_an_option_that_is_never_the_best_but_good_on_the_whole_is_kept() -> None:
     space: Space = {"optimizer": Choice(["wild", "steady"])}
-    wild = [trial(2 * n, 0.9 if n % 3 == 0 else 0.2 + 0.001 * n, optimizer="wild") for n in range(30)]
-    steady = [trial(2 * n + 1, 0.7, optimizer="steady") for n in range(30)]
+    wild = [trial(2 * n, 0.9 if n % 3 == 0 else 0.2 + 0.001 * n, optimizer="wild") for n in range(150)]
+    steady = [trial(2 * n + 1, 0.7, optimizer="steady") for n in range(90)]
     assert refine(space, [*wild, *steady], ACCURACY).changed == frozenset()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalars
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
+from hpt_torch.observers.record_file import framed
 from hpt_torch.observers.tensorboard import TensorBoardObserver, _is_complete
 from hpt_torch.record import Record
 
@@ -53,6 +55,16 @@ def _check(run: Path) -> None:
 def test_curves_are_the_reports(tmp_path: Path, run_quick: RunQuick) -> None:
     run_quick(tmp_path / "run", "trainer.epochs=3", observers=[TensorBoardObserver()])
     _check(tmp_path / "run")
+
+
+def test_records_are_framed_as_tensorboard_does() -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for length in (0, 1, 7, 8, 255, 4095, 4096, 4097, 9000):
+        record = bytes((i * i + length) % 256 for i in range(length))
+        expected = io.BytesIO()
+        RecordWriter(expected).write(record)
+        assert framed(record) == expected.getvalue(), length
 
 
 def test_after_kills_each_step_stands_once(

@@ -1,6 +1,6 @@
 """TensorBoard files: one folder a trial, with its curves and its HParams record.
 
-Written with TensorBoard's own record format, without a writer thread or an open file a trial. The files are
+Written in TensorBoard's own record format, without a writer thread or an open file a trial. The files are
 derived from the record: the first write of a session to a trial's folder makes the folder anew, so a resumed
 run has each step once. A file is complete when its last record ends the trial's session (a marker file would
 cost as much as all that is written into this one).
@@ -23,9 +23,9 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import metadata as custom_scalars
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hpt_torch.observers import curves
+from hpt_torch.observers.record_file import framed
 from hpt_torch.record import Event
 from hpt_torch.space import Choice, thaw
 from hpt_torch.tuner import Tuner
@@ -52,12 +52,14 @@ class TensorBoardObserver:
         finished = {event.body["trial"] for event in events if event.kind == "finish"}
         reported = {event.body["trial"] for event in events if event.kind == "report"}
         for number in sorted(finished | reported):
-            due = time.monotonic() - self._told.get(number, 0.0) >= _WRITE_EVERY_SECONDS
+            # A short trial is written once, at its end: opening a file costs as much as ten epochs of curves.
+            now = time.monotonic()
+            due = now - self._told.setdefault(number, now) >= _WRITE_EVERY_SECONDS
             if due or number in finished:
                 self._write(tuner, tuner.record.trials[number])
 
     def ended(self, tuner: Tuner) -> None:
-        for number in list(self._files):
+        for number in list(self._told):
             self._write(tuner, tuner.record.trials[number])
 
     def say(self, line: str) -> None:
@@ -94,9 +96,7 @@ class TensorBoardObserver:
                 protos.append(_note(trial.epoch, time.time(), "ended", text))
             protos.append(_end_event(trial))
         with writing(self._files[number]), open(self._files[number], "ab") as file:
-            writer = RecordWriter(file)
-            for proto in protos:
-                writer.write(proto.SerializeToString())
+            file.write(b"".join(framed(proto.SerializeToString()) for proto in protos))
         if trial.state.is_finished:
             del self._files[number], self._written[number], self._told[number]
 

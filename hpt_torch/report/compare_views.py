@@ -25,7 +25,7 @@ def print_comparison(runs: Sequence[Run], console: Console | None = None) -> Non
         console.print(Text(printable(line)))
     for table in tables(runs):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold")
-        shown.add_column("")
+        shown.add_column("", overflow="fold")
         for run in runs:
             shown.add_column(Text(printable(run.name)), overflow="fold")
         for label, cells in table.rows:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,7 +43,33 @@ _ALLOW = Annotated[
 ]
 
 
+class _Stopped(BaseException):
+    """A signal ends the command at once. Not a KeyboardInterrupt, on which typer exits without a word."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        self.signal = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Before a session listens to signals, and after it, the first of them stops at once; then the second."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt as second:
+        raise _Stopped(*second.args) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @app.command()
+@_stoppable()
 def run(
     recipe: _RECIPE,
     overrides: _OVERRIDES = None,
@@ -197,6 +226,7 @@ def report(
 
 
 @app.command()
+@_stoppable()
 def replay(
     run_dir: Annotated[Path, typer.Argument(help="the directory of a run that has ended")],
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="how often")] = 5,
@@ -327,6 +357,8 @@ def main() -> None:
     except HptError as error:
         _error_line("\n".join(printable(line, 3000) for line in f"hpt: {error}".split("\n")))
         sys.exit(2)
-    except KeyboardInterrupt:
-        _error_line("hpt: stopped at once; everything recorded is intact. The same command goes on.")
-        sys.exit(130)
+    except _Stopped as stop:
+        _error_line(
+            f"hpt: stopped at once; everything recorded is intact. The same command goes on: hpt {_again()}"
+        )
+        sys.exit(128 + stop.signal)

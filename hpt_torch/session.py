@@ -336,7 +336,7 @@ def _stop_signals(observers: Sequence[Observer]) -> Iterator[list[int]]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         received.append(number)
 
     try:

@@ -43,7 +43,7 @@ def kill(pid: int, target: str) -> bool:
     """SIGKILL for a coordinator, its whole process group, or one of its workers; False where that is gone."""
     try:
         if target == "group":
-            os.killpg(os.getpgid(pid), signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)  # it leads its group: no other process can be meant
         elif target == "coordinator":
             os.kill(pid, signal.SIGKILL)
         else:

@@ -73,6 +73,8 @@ class Process:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid:
+            while self.poll() is None and os.getpgid(self.pid) != self.pid:
+                time.sleep(0.0005)  # it does not lead its group yet
             return
         code = 70
         try:

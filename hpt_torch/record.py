@@ -280,7 +280,12 @@ def _connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
         raise RunError(f"{path.parent} is not a run directory: it has no {path.name}")
     try:
         if readonly:
-            return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+            # A kill inside a commit without WAL (as at the very end of a session) leaves a journal, which
+            # SQLite must undo before anybody can read; a living writer's journal it leaves alone.
+            hot = os.path.isfile(f"{path}-journal")
+            db = sqlite3.connect(f"{path.resolve().as_uri()}?mode={'rw' if hot else 'ro'}", uri=True)
+            db.execute("PRAGMA query_only = ON")
+            return db
         return sqlite3.connect(path, isolation_level=None)
     except sqlite3.OperationalError as error:
         raise RunError(f"{path} cannot be opened ({error}); restore access to it") from error

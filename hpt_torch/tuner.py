@@ -297,7 +297,10 @@ class Tuner:
         open_keys = [chunk.key for chunk in self.planning.open_chunks()]
         if self.best is not None and refitted(self.record, self.best) is None:
             open_keys.append(f"refitting-{self.best.number}")
-        for key in [POPULATION] if self.scheduler is not None else open_keys:
+        if self.scheduler is not None:
+            left = any(not trial.state.is_finished for trial in self.record.trials.values())
+            open_keys = [POPULATION] if left else []
+        for key in open_keys:
             needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}
         return needed
 

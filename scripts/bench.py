@@ -14,6 +14,7 @@ import bench_pbt
 import bench_quality
 import bench_scaling
 import bench_search
+import bench_torture
 import torch
 import typer
 from torch import nn
@@ -207,7 +208,7 @@ def throughput(
 
 for _command in (
     *(bench_search.grid, bench_search.fashion, bench_scaling.scaling),
-    *(bench_pbt.pbt, bench_pbt.decisions, bench_quality.quality),
+    *(bench_pbt.pbt, bench_pbt.decisions, bench_quality.quality, bench_torture.torture),
 ):
     app.command()(_command)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -261,6 +263,34 @@ def test_a_kill_while_the_record_is_made_a_wal_one(tmp_path: Path, run_quick: Ru
         (path / name).touch()
     (path / "run.db-journal").write_bytes(bytes.fromhex("d9d505f920a163d7") + bytes(504))
     assert run_quick(path) == expected
+
+
+def _killed_in_a_commit(path: Path) -> None:
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode = DELETE")
+    db.execute("PRAGMA cache_size = 1")  # so that pages go to the file before the commit
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("UPDATE events SET body = body || hex(zeroblob(9000))")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_inside_a_commit_without_wal(tmp_path: Path, run_quick: RunQuick) -> None:
+    """What SQLite must undo is undone for those who only read, too: for the report, and before going on."""
+    expected = run_quick(tmp_path / "run")
+    record = tmp_path / "run" / "run.db"
+    whole = record.read_bytes()
+    context = multiprocessing.get_context("spawn")
+    for reads_first in (True, False):
+        process = context.Process(target=_killed_in_a_commit, args=(record,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert record.with_name("run.db-journal").stat().st_size > 512
+        assert record.read_bytes() != whole
+        if reads_first:
+            assert canonical_of(tmp_path / "run") == expected
+        assert run_quick(tmp_path / "run") == expected
+        whole = record.read_bytes()
 
 
 # -- clock, workers, lock ------------------------------------------------------------------------------

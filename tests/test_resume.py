@@ -17,6 +17,7 @@ from conftest import ROOT, canonical_of
 
 from hpt_torch import checkpoint, recipe, rundir, session
 from hpt_torch.record import Record
+from hpt_torch.tuner import Tuner
 from hpt_torch.types import Interrupted, RunError, TrialState
 
 RunQuick = Callable[..., str]
@@ -281,3 +282,23 @@ def test_the_same_recipe_file_of_a_run_gives_the_same_run(
     again = recipe.load(tmp_path / "run" / "recipe.toml")
     session.run(session.check(again, digits_task, source="again"), tmp_path / "again")
     assert canonical_of(tmp_path / "again") == first
+
+
+def test_a_kill_after_the_last_commit_of_a_population(
+    tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of its states, which were to be removed then, are removed by the next session."""
+    settings = ("scheduler.kind=pbt", "activation=relu", "run.checkpoint_every_seconds=0")
+
+    def killed(*_: object, ended: bool = False) -> None:
+        if ended:
+            raise Killed
+
+    monkeypatch.setattr(Tuner, "drop_old_states", killed)
+    with pytest.raises(Killed):
+        run_quick(tmp_path / "run", *settings)
+    monkeypatch.undo()
+    assert list((tmp_path / "run" / "checkpoints").glob("population-*"))
+    assert run_quick(tmp_path / "run", *settings) == run_quick(tmp_path / "whole", *settings)
+    left = [path.name[:5] for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert left == ["best-"]

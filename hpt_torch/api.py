@@ -35,6 +35,7 @@ def tune(
     folds: int | None = None,
     evaluation: Mapping[str, Any] | None = None,
     refit: bool | None = None,
+    confirm: int | None = None,
     device: str = "auto",
     engine: str = "auto",
     executor: str = "auto",
@@ -55,7 +56,8 @@ def tune(
     Training, where `trials` is the size of the population (`hpt_torch.schedulers.PBT` has the settings).
     folds: cross-validation: each trial is trained on so many folds, its score is their mean, and the best is
     trained again on all their rows. evaluation: as a recipe's [evaluation], e.g. ``{"repeats": 2}``.
-    refit: without folds too.
+    refit: without folds too. confirm: the best so many trials are trained again with five new seeds, and the
+    one with the best mean is chosen.
     engine: auto, loop, fused. executor: auto, inline, processes; workers: how many, no matter to the result.
     run_dir: everything is kept there, and calling again with the same arguments goes on where it was. By
     default a directory under ``runs/`` named after the task and a hash of these arguments, the data and the
@@ -76,7 +78,7 @@ def tune(
         "trainer": {"epochs": epochs, "device": device, "engine": engine},
         "scheduler": dict(scheduler or {}),
         "evaluation": {**(evaluation or {}), **({"folds": folds} if folds is not None else {})},
-        "final": {"refit": refit},
+        "final": {"refit": refit, "confirm": confirm},
         "run": {"tensorboard": tensorboard, "workers": workers},
         "executor": executor,
     }

@@ -13,7 +13,7 @@ from hpt_torch.data.stream import fitted
 from hpt_torch.executors import InlineExecutor, ProcessExecutor, Training, processes
 from hpt_torch.executors.segment import trainer_name
 from hpt_torch.recipe import Recipe
-from hpt_torch.record import REFIT
+from hpt_torch.report.confirmation import REFIT
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.fused import FusedTrainer

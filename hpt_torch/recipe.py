@@ -68,7 +68,7 @@ class Recipe(Section):
 
 
 # What may differ when a run is continued: budgets and logging. Everything else changes results.
-EXTENDABLE = ("name", "search.trials", "search.timeout", "scheduler.baseline", "run", "executor")
+EXTENDABLE = ("name", "search.trials", "search.timeout", "scheduler.baseline", "final", "run", "executor")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -162,10 +162,15 @@ def folding_of(recipe: Recipe) -> Folding | None:
     return Folding(folds=settings.folds, splitter=settings.splitter, repeats=settings.repeats)
 
 
+def needs_refit(recipe: Recipe) -> bool:
+    """Whether the search alone leaves no model of the chosen trial."""
+    return recipe.evaluation.folds is not None or recipe.final.confirm is not None
+
+
 def refits(recipe: Recipe) -> bool:
     """Whether the chosen trial is trained again on train and valid rows together."""
     asked = recipe.final.refit
-    return recipe.evaluation.folds is not None if asked is None else asked
+    return needs_refit(recipe) if asked is None else asked
 
 
 def planned_trials(recipe: Recipe) -> int | None:

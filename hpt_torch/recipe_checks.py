@@ -47,8 +47,10 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         name = "points" if recipe.search.points else "warm_start"
         problems.append(Problem(f"search.{name}", "do not go with grid, which has its own; leave them out"))
     problems += check_points(recipe.search.points, recipe.space)
-    if recipe.search.sampler != "grid" and recipe.search.timeout is None and (
-        recipe.search.trials is None and recipe.space
+    if (
+        recipe.search.sampler != "grid"
+        and recipe.search.timeout is None
+        and (recipe.search.trials is None and recipe.space)
     ):
         problems.append(
             Problem("search.trials", "must be given (or search.timeout), so that the search ends")
@@ -103,18 +105,18 @@ def _check_evaluation(recipe: Recipe) -> list[Problem]:
                 "one of the two (hpt replay tells how much of the score the choice has made)",
             )
         )
-    elif recipe.final.refit and changing:
+    asked = "confirm" if recipe.final.confirm is not None else "refit"
+    if (recipe.final.refit or recipe.final.confirm is not None) and changing:
         problems.append(
             Problem(
-                "final.refit",
+                f"final.{asked}",
                 f"does not go with scheduler.kind {kind}, whose members change while they train; "
                 "hpt replay trains the schedule again",
             )
         )
-    if recipe.evaluation.folds is not None and recipe.final.refit is False:
-        problems.append(
-            Problem("final.refit", "must be true with folds: each of their models has seen only a part")
-        )
+    if recipe.final.refit is False and (asked == "confirm" or recipe.evaluation.folds is not None):
+        rule = "must be true with evaluation.folds and with final.confirm, which leave no other model"
+        problems.append(Problem("final.refit", f"{rule}; leave it out"))
     return problems
 
 

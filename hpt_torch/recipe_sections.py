@@ -164,13 +164,21 @@ class EvaluationSection(Section):
 
 
 class FinalSection(Section):
-    """What is done with the chosen trial."""
+    """How the trial is chosen at the end, and what is done with it."""
 
+    confirm: int | None = Field(
+        default=None,
+        ge=2,
+        le=1000,
+        strict=True,
+        description="train the best so many trials again with new seeds; the best mean is chosen",
+    )
+    seeds: int = Field(default=5, ge=2, le=100, strict=True, description="confirm: so many new seeds")
     refit: bool | None = Field(
         default=None,
         strict=True,
         description="train it again on train and valid rows together, for the epochs that it kept; "
-        "unless given: with folds, where no other model is left",
+        "unless given: with folds and with confirm, which leave no other model",
     )
 
 

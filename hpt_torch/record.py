@@ -27,7 +27,6 @@ from hpt_torch.space import freeze, thaw
 from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState, is_int
 
 FORMAT = 1
-REFIT = "refit"  # the key of the file with the weights of the chosen trial's last training
 _FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
 
 _SCHEMA = """
@@ -354,22 +353,6 @@ def _revive(value: Any) -> Any:
             return float(value["float"])
         return {key: _revive(item) for key, item in value.items()}
     return [_revive(item) for item in value] if isinstance(value, list) else value
-
-
-# -- weights ------------------------------------------------------------------------------------------
-
-
-def weights_of(record: Record, trial: Trial) -> StateFile | None:
-    """The file with the weights of the best trial: with folds those of its last training, once it is done."""
-    if not trial.folds:
-        return record.state_files["best"][-1]
-    return refitted(record, trial)
-
-
-def refitted(record: Record, trial: Trial) -> StateFile | None:
-    """The file with the weights that the trial's last training gave."""
-    files = record.state_files.get(REFIT, [])
-    return next((file for file in reversed(files) if file.meta["trial"] == trial.number), None)
 
 
 # -- the events that make up a trial's life ------------------------------------------------------------

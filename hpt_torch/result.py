@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from hpt_torch import checkpoint
-from hpt_torch.record import Record, weights_of
+from hpt_torch.record import Record
 from hpt_torch.report import Summary, summarise
 from hpt_torch.report.cards import result_card
+from hpt_torch.report.confirmation import weights_of
 from hpt_torch.report.export import trials_csv, write_exports, write_page
 from hpt_torch.report.figures import Plots
 from hpt_torch.report.terminal import show_value

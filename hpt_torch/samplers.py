@@ -84,7 +84,8 @@ def _quasi_random(space: Space, number: int, seed: int, fixed: HParams) -> HPara
 def _at(dimension: spaces.Dimension, name: str, share: float) -> HParamValue:
     """The value that this share, in [0, 1), of the dimension lies below; on a log scale where it has one."""
     if isinstance(dimension, spaces.Choice):
-        return dimension.options[int(share * len(dimension.options))]
+        option: HParamValue = dimension.options[int(share * len(dimension.options))]
+        return option
     if isinstance(dimension, spaces.Float) and dimension.step:
         return dimension.values()[int(share * len(dimension.values()))]
     whole = isinstance(dimension, spaces.Int)
@@ -92,7 +93,7 @@ def _at(dimension: spaces.Dimension, name: str, share: float) -> HParamValue:
     if spaces.is_log(name, dimension):
         shift = 0.5 if whole else 0.0  # each integer has the room around it
         value = math.exp(math.log(low - shift) * (1 - share) + math.log(high + shift) * share)
-        return min(max(round(value) if whole else value, dimension.low), dimension.high)
+        return min(max(round(value), int(low)), int(high)) if whole else min(max(value, low), high)
     if isinstance(dimension, spaces.Int):
         return dimension.values()[int(share * dimension.count())]
     return min(low + (high - low) * share, high)

@@ -25,6 +25,7 @@ from hpt_torch import recipe as recipes
 from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
 from hpt_torch.executors import processes
+from hpt_torch.finale import choose
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
 from hpt_torch.observers import Observer
@@ -161,8 +162,12 @@ def run(
     observers: Sequence[Observer] = (),
     accept_changed_code: bool = False,
     reopen_holdout: bool = False,
+    only_search: bool = False,
 ) -> None:
-    """Runs or continues the run at `path`. Raises Interrupted after a graceful stop."""
+    """Runs or continues the run at `path`. Raises Interrupted after a graceful stop.
+
+    only_search: nothing is chosen at the end, and no hold-out row is read.
+    """
     directory = RunDir(path)
     directory.check_usable()
     wanted = identity(checked)
@@ -212,6 +217,7 @@ def run(
                 executor=executor,
                 observers=observers,
                 should_stop=lambda: bool(received),
+                finish=None if only_search else choose,
             )
             tuner.run()
         if received:
@@ -293,6 +299,8 @@ def _has_more_work(record: Record, recipe: Recipe) -> bool:
     timeout, total = recipe.search.timeout, recipes.planned_trials(recipe)
     if timeout is not None and record.seconds_used() >= timeout:
         return False
+    if recipe.final.confirm is not None and record.last("confirmed") is None:
+        return True
     unfinished = any(not trial.state.is_finished for trial in record.trials.values())
     return unfinished or total is None or len(record.trials) < total
 

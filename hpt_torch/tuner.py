@@ -23,24 +23,20 @@ from hpt_torch.observers import Observer
 from hpt_torch.planning import Planning
 from hpt_torch.points import queue
 from hpt_torch.race import Race
-from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, refits, scheduler_of
+from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, scheduler_of
 from hpt_torch.record import (
-    REFIT,
     Event,
     Record,
     StateFile,
     finish_event,
     pause_event,
-    refitted,
     report_event,
     state_event,
     trial_event,
-    weights_of,
 )
-from hpt_torch.refit import refit
+from hpt_torch.report.confirmation import REFIT, chosen, refitted
 from hpt_torch.rundir import RunDir
 from hpt_torch.task import Task
-from hpt_torch.trainers.base import evaluate
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import (
@@ -73,13 +69,14 @@ class Tuner:
         executor: Executor,
         observers: Sequence[Observer] = (),
         should_stop: Callable[[], bool] = lambda: False,
+        finish: Callable[[Tuner], None] | None = None,
     ) -> None:
         self.recipe, self.task, self.objective = recipe, task, objective
         self.fixed = hparams  # the fixed hyperparameters, defaults included
         self.dir, self.record = directory, record
         self.trainers, self.trainer = trainers, trainers["loop"]
         self.executor = executor
-        self.observers, self._should_stop = observers, should_stop
+        self.observers, self._should_stop, self._finish = observers, should_stop, finish
         self._used_before = record.seconds_used()
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
@@ -115,10 +112,8 @@ class Tuner:
                     break
             if self.timed_out and not self.stopped:
                 self._pause()
-            if not self.stopped and self.best is not None and refits(self.recipe):
-                refit(self, self.best)
-            if not self.stopped:
-                self._read_holdout()
+            if not self.stopped and self._finish is not None:
+                self._finish(self)
         finally:
             for observer in self.observers:
                 observer.ended(self)
@@ -161,9 +156,7 @@ class Tuner:
             kind=search.sampler,
             objective=self.objective,
             seed=self.recipe.seed,
-            queue=queue(
-                self.recipe.space, search.points, start_with_defaults=search.start_with_defaults
-            ),
+            queue=queue(self.recipe.space, search.points, start_with_defaults=search.start_with_defaults),
         )
         torch.set_num_threads(threads)  # Optuna's GP sampler changes it while it fits
         events = []
@@ -295,8 +288,9 @@ class Tuner:
         """The state files that going on may read."""
         needed = {f.name for key in ("best", REFIT) for f in self.record.state_files.get(key, [])[-1:]}
         open_keys = [chunk.key for chunk in self.planning.open_chunks()]
-        if self.best is not None and refitted(self.record, self.best) is None:
-            open_keys.append(f"refitting-{self.best.number}")
+        final = chosen(self.record, self.objective)
+        if final is not None and refitted(self.record, final) is None:
+            open_keys.append(f"refitting-{final.number}")
         if self.scheduler is not None:
             left = any(not trial.state.is_finished for trial in self.record.trials.values())
             open_keys = [POPULATION] if left else []
@@ -322,30 +316,6 @@ class Tuner:
         if left:
             self.commit(pause_event(left))
         self.say("search.timeout is used up; go on with a larger one, e.g. search.timeout=2h")
-
-    def _read_holdout(self) -> None:
-        """Scores the chosen model on the hold-out rows: once, after the search, only to report it."""
-        best, data = self.best, self.trainer.data
-        read = self.record.last("holdout")
-        if best is None or data.holdout is None or (read is not None and read.body["trial"] == best.number):
-            return
-        file = weights_of(self.record, best)
-        if file is None:
-            return  # its last training failed
-        trainer = self.trainers[REFIT] if best.folds else self.trainer
-        body = {"trial": best.number, "metrics": self._held_out(trainer, best, file)}
-        again = None if best.folds else refitted(self.record, best)
-        if again is not None:
-            body["refit"] = self._held_out(self.trainers[REFIT], best, again)
-        self.commit(Event(kind="holdout", body={**body, "rows": len(data.holdout)}))
-
-    def _held_out(self, trainer: LoopTrainer, trial: Trial, file: StateFile) -> dict[str, float]:
-        """The metrics of these weights on the hold-out rows."""
-        assert trainer.data.holdout is not None
-        weights, _ = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
-        model = trainer.load(self.hparams_of(trial), trial.number, weights)
-        found = evaluate(self.task, model, trainer.data.holdout)
-        return {f"holdout/{name}": value for name, value in found.items()}
 
     # -- telling ---------------------------------------------------------------------------------------
 

@@ -327,7 +327,7 @@ def test_refit_is_reported_beside_the_chosen_model(
         (["evaluation.repeats=2"], "evaluation.repeats", "must be 1 without folds"),
         (["evaluation.folds=1"], "evaluation.folds", "greater than or equal to 2"),
         (["evaluation.folds=90"], "evaluation.folds", ""),
-        (["evaluation.folds=5", "final.refit=false"], "final.refit", "must be true with folds"),
+        (["evaluation.folds=5", "final.refit=false"], "final.refit", "must be true with"),
         (["evaluation.folds=5", "scheduler.kind=pbt"], "evaluation.folds", "does not go with"),
         (["final.refit=true", "scheduler.kind=pbt"], "final.refit", "does not go with"),
         (["evaluation.folds=5", "evaluation.splitter=time"], "evaluation.folds", "ordered=True"),

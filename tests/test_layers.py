@@ -28,7 +28,7 @@ class Rule:
 
 DECISIONS = (
     "types", "seeding", "hparams", "space", "recipe", "recipe_sections", "recipe_checks", "overrides",
-    "samplers", "schedulers", "record", "report", "evidence", "refine",
+    "samplers", "schedulers", "record", "report", "points", "evidence", "refine",
 )  # fmt: skip
 TENSORS = (
     "task", "tasks", "models", "data", "optim", "lr_schedules", "metrics", "population", "trainers",

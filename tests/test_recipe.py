@@ -105,6 +105,8 @@ repeats = 2
 
 [final]
 refit = true
+confirm = 3
+seeds = 4
 
 [run]
 checkpoint_every_seconds = 1.5

@@ -12,7 +12,8 @@ from typing import Any
 
 import tomli_w
 
-from hpt_torch.record import Record, StateFile, refitted, weights_of
+from hpt_torch.record import Record, StateFile
+from hpt_torch.report.confirmation import refitted, weights_of
 from hpt_torch.report.page import page
 from hpt_torch.report.schedule import schedule_csv, schedule_recipe
 from hpt_torch.report.summary import Summary

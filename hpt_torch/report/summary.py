@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpt_torch.record import Record
+from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
 from hpt_torch.space import Space, parse_dimension, thaw
 from hpt_torch.types import HParams, Objective, RunError, Trial, TrialState
 
@@ -22,6 +23,7 @@ class Summary:
     fixed: HParams
     trials: list[Trial]
     best: Trial | None
+    confirmation: Confirmation | None  # the best trials trained again with other seeds; `best` is its winner
     holdout: Mapping[str, float]
     holdout_refit: Mapping[str, float]  # of the best trial trained again on train and valid rows, beside it
     holdout_rows: int
@@ -65,9 +67,8 @@ def summarise(record: Record) -> Summary:
         raise RunError(f"{record.path.parent} has not begun: run it first")
     recipe = begun.body["recipe"]
     objective = Objective(**begun.body["objective"])
-    ranked = objective.ranked([t for t in record.in_order() if t.state is TrialState.COMPLETE])
     sessions, readings = record.of_kind("session"), record.of_kind("holdout")
-    best = ranked[0] if ranked else None
+    best = chosen(record, objective)
     reading: Mapping[str, Any] = readings[-1].body if readings else {"metrics": {}, "rows": 0, "trial": -1}
     current = best is not None and reading["trial"] == best.number
     return Summary(
@@ -77,6 +78,7 @@ def summarise(record: Record) -> Summary:
         fixed=recipe["hparams"],
         trials=record.in_order(),
         best=best,
+        confirmation=confirmation_of(record, objective),
         holdout=reading["metrics"] if current else {},
         holdout_refit=reading.get("refit", {}) if current else {},
         holdout_rows=reading["rows"],
@@ -110,6 +112,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             "reads": summary.holdout_reads,
         },
         "gap": summary.gap,
+        "confirmation": _confirmation(summary.confirmation),
         "states": summary.states,
         "seconds": summary.seconds,
         "trials": [
@@ -141,6 +144,7 @@ def canonical(summary: Summary) -> str:
             "refit": dict(summary.holdout_refit),
             "rows": summary.holdout_rows,
         },
+        "confirmation": _confirmation(summary.confirmation),
         "trials": [
             {
                 **_trial(trial),
@@ -152,6 +156,13 @@ def canonical(summary: Summary) -> str:
         ],
     }
     return json.dumps(_hex(data), sort_keys=True, indent=1) + "\n"
+
+
+def _confirmation(found: Confirmation | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    scores = {str(trial): list(values) for trial, values in found.scores.items()}
+    return {"winner": found.winner, "scores": scores, "rivals": found.rivals, "verdict": found.verdict}
 
 
 def _trial(trial: Trial) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def _answer(summary: Summary) -> list[Text]:
         scores = [summary.objective.score(fold) or 0.0 for fold in best.folds]
         spread = f"{min(scores):.4f} to {max(scores):.4f}"
         lines.append(Text(f"  mean of {len(scores)} folds, standard error {error:.4f}; {spread}"))
+    if summary.confirmation is not None:
+        lines.append(Text(f"  {summary.confirmation.verdict}"))
     searched = ", ".join(f"{name} = {show_value(value)}" for name, value in best.hparams.items())
     if searched:
         lines.append(Text(f"  {searched}"))

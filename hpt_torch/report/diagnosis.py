@@ -66,13 +66,16 @@ def replay_scores(run: Path, summary: Summary) -> list[float]:
 def seed_noise(summary: Summary, replays: Sequence[float] = ()) -> Finding | None:
     """Noise between seeds larger than the gain ("Determining whether to adopt …", trial variance).
 
-    From replays of the best trial, else from trials with equal hyperparameters, which differ in their seed.
+    From replays of the best trial, else from its confirmation, else from trials with equal hyperparameters,
+    which differ in their seed.
     """
-    best, objective = summary.best, summary.objective
+    best, objective, confirmed = summary.best, summary.objective, summary.confirmation
     if best is None:
         return None
     if len(replays) >= 3:
         noise, source = statistics.stdev(replays), f"{len(replays)} replays"
+    elif confirmed is not None and len(confirmed.scores[best.number]) >= 3:
+        noise, source = confirmed.deviation(best.number), f"{len(confirmed.scores[best.number])} new seeds"
     else:
         noise, source = _repeats(summary)
     reference = findings.defaults_trial(summary)
@@ -92,7 +95,7 @@ def seed_noise(summary: Summary, replays: Sequence[float] = ()) -> Finding | Non
         "seed_noise",
         f"The seed alone moves {objective.metric} by {number(noise)} (standard deviation over {source}), and "
         f"the best trial's gain over {over} is {number(gain)}: it may be luck, and so may the order of the "
-        f"best {near} trials; train the best few again with more seeds (hpt replay) before choosing.",
+        f"best {near} trials; train the best few again with more seeds (final.confirm) before choosing.",
         "Determining whether to adopt a training pipeline change: trial variance",
     )
 
@@ -128,6 +131,10 @@ def selection(summary: Summary) -> Finding | None:
         return None
     (error, rows), check = known, "Determining whether to adopt a training pipeline change: study variance"
     remedy = "judge it by the hold-out figure, and choose on more validation rows or by cross-validation"
+    if best is not None and best.folds:
+        remedy = "judge it by the hold-out figure, and train the best few again (final.confirm)"
+    if summary.confirmation is not None:
+        remedy = "judge it by the hold-out figure, and bring more rows"
     metric = objective.metric.removeprefix("valid/")
     held = summary.holdout.get(f"holdout/{metric}")
     if held is not None and metric in _SHARES and summary.holdout_rows:
@@ -143,7 +150,7 @@ def selection(summary: Summary) -> Finding | None:
             )
     scores = [value for trial in summary.ranked if (value := objective.score(trial)) is not None]
     near = sum(abs(score - value) <= error for value in scores)
-    if len(scores) < 10 or near < max(5, len(scores) // 10):
+    if len(scores) < 10 or near < max(5, len(scores) // 10) or summary.confirmation is not None:
         return None
     flattery = number(error * _largest_of(near))
     return Finding(

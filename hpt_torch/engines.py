@@ -97,6 +97,8 @@ def executor(
     whole = isinstance(data.train, Rows) and isinstance(data.valid, Rows)  # a stream has processes of its own
     if not forks(recipe, device) or not whole or device.type != "cpu":
         return InlineExecutor(training)
-    started = ProcessExecutor(training, recipe.run.workers or processes.cores())
+    started = ProcessExecutor(
+        training, recipe.run.workers or processes.cores(), patience_seconds=recipe.run.epoch_timeout
+    )
     started.start()  # before observers start threads
     return started

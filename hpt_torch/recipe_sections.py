@@ -276,6 +276,14 @@ class RunSection(Section):
     checkpoint_every_seconds: float = Field(
         default=30.0, ge=0, le=1e6, strict=True, description="at most so much training is repeated"
     )
+    max_failures: int | None = Field(
+        default=None, ge=1, strict=True, description="stop with an error once so many trials have failed"
+    )
+    epoch_timeout: Duration | None = Field(
+        default=None,
+        description="a worker process that needs longer for an epoch (of all that it trains together) is "
+        'stopped, and the trial that did it fails: "90s", "30m"; a trial near it may not repeat',
+    )
     tensorboard: Flag = True
     workers: int | None = Field(
         default=None,

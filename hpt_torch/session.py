@@ -88,6 +88,9 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
         problems.append(
             Problem("executor", "processes are forked, which needs Linux and device cpu; use auto or inline")
         )
+    if recipe.run.epoch_timeout is not None and not engines.forks(recipe, _device(device)):
+        rule = "needs worker processes, which can be stopped from outside"
+        problems.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
     if device == "mps" and recipe.trainer.dtype == "float64":
         problems.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
     problems += _check_folds(recipe, task)

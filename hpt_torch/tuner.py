@@ -103,6 +103,7 @@ class Tuner:
                     pass
                 evolve(self, self.scheduler)
             while self.scheduler is None and not self.interrupted:
+                self._check_failures()
                 chunks = self.planning.open_chunks()
                 if chunks and self.pruner is not None:
                     Race(self, self.pruner, chunks).run()
@@ -191,6 +192,19 @@ class Tuner:
                 events.append(self.save(chunk.key, boundary.state))
             self.commit(*events)
             self.drop_old_states(chunk.key, ended=boundary.over and boundary.state is None)
+            if boundary.ended_badly:
+                self._check_failures()
+
+    def _check_failures(self) -> None:
+        """Raises RunError once too many trials have failed: more of them would only cost time."""
+        limit = self.recipe.run.max_failures
+        failed = [t for t in self.record.in_order() if t.state is TrialState.FAILED]
+        if limit is not None and len(failed) >= limit:
+            raise RunError(
+                f"{len(failed)} trials have failed, and run.max_failures is {limit}. The first, trial "
+                f"{failed[0].number}, ended so:\n{failed[0].reason.strip()}\nMend the cause and use another "
+                "run directory, or go on all the same with a larger run.max_failures"
+            )
 
     def fall_back(self, chunk: Chunk, reason: str) -> None:
         """Records that these trials cannot go on together."""

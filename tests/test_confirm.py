@@ -172,3 +172,13 @@ def test_one_complete_trial_needs_no_confirmation(
     (trial,) = trials_of(tmp_path / "run")
     assert trial.state is TrialState.COMPLETE
     assert Result(tmp_path / "run", digits_task).holdout
+
+
+def test_the_page_shows_the_choice(tmp_path: Path, run_quick: RunQuick, digits_task: Task) -> None:
+    run_quick(tmp_path / "run", *CONFIRM, "evaluation.folds=3", "final.seeds=3")
+    result = Result(tmp_path / "run", digits_task)
+    page = (tmp_path / "run" / "report.html").read_text()
+    found = result.summary.confirmation
+    assert found is not None
+    for text in (found.verdict, "p (paired t-test)", "on its 3 folds", "<h2>The choice</h2>"):
+        assert text in page

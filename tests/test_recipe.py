@@ -110,6 +110,8 @@ seeds = 4
 
 [run]
 checkpoint_every_seconds = 1.5
+max_failures = 9
+epoch_timeout = "2m"
 workers = 3
 tensorboard = false
 """

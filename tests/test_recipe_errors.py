@@ -67,6 +67,8 @@ WRONG_VALUES = [
     ("[search]\ntrials = 0", "search.trials", "greater than or equal to 1"),
     ("[search]\ntrials = 2.5", "search.trials", "integer, got 2.5"),
     ("[search]\nround_size = 0", "search.round_size", "greater than or equal to 1"),
+    ('executor = "inline"\n[run]\nepoch_timeout = "9s"', "run.epoch_timeout", "set executor to processes"),
+    ("[run]\nmax_failures = 0", "run.max_failures", "greater than or equal to 1"),
     ("[search]\npoints = [{}]\ntrials = 3", "search.points.0", "at least one hyperparameter"),
     ("[search]\npoints = [{lr = 0.1}]\ntrials = 3", "search.points.0.lr", "is not searched"),
     (

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -54,13 +55,17 @@ class _Restart:
 
     segment: Segment
     deaths: int = 0
+    heard: float = 0.0  # when it was sent, or when its worker last brought a boundary
 
 
 class ProcessExecutor:
-    """`workers` processes, started at the first run, or by `start` before other threads exist."""
+    """`workers` processes, started at the first run, or by `start` before other threads exist.
 
-    def __init__(self, training: Training, workers: int) -> None:
-        self.training, self.count = training, workers
+    patience_seconds: one that brings no boundary for so long is killed, and its segment not run again.
+    """
+
+    def __init__(self, training: Training, workers: int, *, patience_seconds: float | None = None) -> None:
+        self.training, self.count, self.patience = training, workers, patience_seconds
         self._context = multiprocessing.get_context("fork")
         self._stop = self._context.RawValue(ctypes.c_bool, False)
         self._workers: list[_Worker] = []
@@ -88,6 +93,7 @@ class ProcessExecutor:
                 else:
                     exhausted = True
                     break
+                running[position].heard = time.monotonic()
                 with contextlib.suppress(OSError):  # it died while it waited: reading from it will tell
                     _send(worker.connection, running[position].segment)
             if not running:
@@ -107,14 +113,22 @@ class ProcessExecutor:
                     if restart.deaths < DEATHS:
                         again.append(restart)
                     else:
-                        yield _gave_up(restart, how)
+                        yield _gave_up(restart, f"the worker process {how}, {DEATHS} times")
                     continue
                 if isinstance(message, str):
                     raise RunError(f"a worker failed in hpt_torch itself:\n{message}")
                 self._note(restart, message)
+                restart.heard = time.monotonic()
                 if message.over:
                     del running[position]
                 yield message
+            for position in [p for p in running if self._is_stuck(running[p])]:
+                self._workers[position].process.kill()
+                self._replace(position)
+                yield _gave_up(running.pop(position), f"no epoch was done within {self.patience:g} s")
+
+    def _is_stuck(self, restart: _Restart) -> bool:
+        return self.patience is not None and time.monotonic() - restart.heard > self.patience
 
     def close(self) -> None:
         for worker in self._workers:
@@ -162,10 +176,9 @@ def _receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-def _gave_up(restart: _Restart, how: str) -> Boundary:
-    """A segment that kills its workers: its members are to be tried alone, or the one that is alone ends."""
+def _gave_up(restart: _Restart, reason: str) -> Boundary:
+    """A segment that no worker can do: its members are to be tried alone, or the one that is alone ends."""
     segment = restart.segment
-    reason = f"the worker process {how}, {DEATHS} times"
     if len(segment.trials) > 1:
         return Boundary(key=segment.key, broken=reason, over=True)
     ended = {segment.trials[0]: (TrialState.FAILED, reason)}

@@ -91,11 +91,14 @@ def seed_noise(summary: Summary, replays: Sequence[float] = ()) -> Finding | Non
     if gain >= 2 * noise:
         return None
     near = sum(abs(top - score) <= 2 * noise for score in scores)
+    remedy = "train the best few again with new seeds before choosing (final.confirm)"
+    if confirmed is not None:
+        remedy = "among those that cannot be told apart, take the cheapest or the simplest"
     return Finding(
         "seed_noise",
         f"The seed alone moves {objective.metric} by {number(noise)} (standard deviation over {source}), and "
         f"the best trial's gain over {over} is {number(gain)}: it may be luck, and so may the order of the "
-        f"best {near} trials; train the best few again with more seeds (final.confirm) before choosing.",
+        f"best {near} trials; {remedy}.",
         "Determining whether to adopt a training pipeline change: trial variance",
     )
 

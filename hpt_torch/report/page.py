@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from hpt_torch.record import Record
-from hpt_torch.report import advice, findings, plots, population
+from hpt_torch.report import advice, choice, findings, plots, population
 from hpt_torch.report.diagnosis import diagnose, replay_scores
 from hpt_torch.report.plots import View
 from hpt_torch.report.summary import Summary
@@ -38,6 +38,7 @@ def page(record: Record, summary: Summary) -> str:
     sections = [
         ("answer", "", _answer(view)),
         ("findings", "What to look at", advice.as_html(found)),
+        ("choice", "The choice", choice.section(summary)),
         ("compared", "At equal compute", _compared(record, summary)),
         ("progress", "Progress", _progress(view)),
         ("curves", "Learning curves", _curves(view)),
@@ -73,6 +74,7 @@ def page(record: Record, summary: Summary) -> str:
 
 
 _SHORT = {
+    "choice": "Choice",
     "answer": "Answer", "findings": "Findings", "compared": "Compared", "progress": "Progress",
     "curves": "Curves", "population": "Lineage", "parallel": "Parallel",
     "slices": "Slices", "importance": "Importance", "interaction": "Pairs", "timeline": "Timeline",

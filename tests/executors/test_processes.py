@@ -18,7 +18,7 @@ from hpt_torch.executors import processes
 from hpt_torch.models import MLP
 from hpt_torch.record import Record
 from hpt_torch.tasks import Classification
-from hpt_torch.types import Interrupted, TrialState
+from hpt_torch.types import Interrupted, RunError, TrialState
 
 pytestmark = pytest.mark.skipif(not processes.supported(), reason="workers are forked, on Linux only")
 RunQuick = Callable[..., str]
@@ -144,3 +144,42 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except FileNotFoundError:
         return False
+
+
+class _Stuck(Classification):
+    """Never ends a step of one trial, at dropout 0.4."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+        while bool((hparams["label_smoothing"] > 0.2).any()):
+            time.sleep(0.01)
+        return super().loss(model, batch, hparams)
+
+
+def test_a_trial_that_hangs_fails_and_the_others_do_not(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    settings = ["executor=processes", "run.workers=2", "activation=relu", "search.trials=4"]
+    settings += ["run.epoch_timeout=4s", "search.start_with_defaults=false", "trainer.engine=loop"]
+    points = "[" + ", ".join(f"{{label_smoothing = {value}}}" for value in (0.0, 0.3, 0.1, 0.15)) + "]"
+    settings += ["space.label_smoothing={float = [0.0, 0.5]}", f"search.points={points}"]
+    run_quick(tmp_path / "run", *settings, task=_Stuck(MLP, digits_task.data()))
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        trials = record.in_order()
+    assert [trial.state.value for trial in trials] == ["COMPLETE", "FAILED", "COMPLETE", "COMPLETE"]
+    assert trials[1].reason == "no epoch was done within 4 s"
+
+
+def test_too_many_failures_stop_the_run(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    class Broken(Classification):
+        def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+            raise ValueError("a typo")
+
+    task = Broken(MLP, digits_task.data())
+    with pytest.raises(RunError, match=r"2 trials have failed.*The first, trial 0(.|\n)*ValueError: a typo"):
+        run_quick(tmp_path / "run", "run.max_failures=2", "search.trials=50", task=task)
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        failed = [t for t in record.in_order() if t.state.value == "FAILED"]
+    assert len(failed) == 2
+    run_quick(tmp_path / "run", "run.max_failures=99", "search.trials=4", task=task)

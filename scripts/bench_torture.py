@@ -136,6 +136,8 @@ def _judge(peer: str, folder: Path, how: str, output: str, expected: list[Any], 
     trials = _trials(peer, folder, output)
     complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
     keys = Counter(_key(trial) for trial in complete)
+    if (folder / "trained.txt").exists():  # also where a result was lost and the trial trained again
+        keys = Counter((folder / "trained.txt").read_text().splitlines())
     counts["lost"] += max(0, TRIALS - len(complete))
     counts["left running"] += sum(trial["state"] == "RUNNING" for trial in trials)
     counts["failed"] += sum(trial["state"] in ("FAIL", "FAILED", "ERROR") for trial in trials)

@@ -34,7 +34,10 @@ def train(lr: float, dropout: float) -> float:
     torch.manual_seed(int(lr * 1e9))
     sets = [TensorDataset(x[:1400], y[:1400]), TensorDataset(x[1400:], y[1400:])]
     params = {"lr": lr, "weight_decay": 0.0}
-    return fit(MLP(64, (64, 64), dropout), params, *loaders(*sets, 32), EPOCHS, lambda *_: None)
+    value = fit(MLP(64, (64, 64), dropout), params, *loaders(*sets, 32), EPOCHS, lambda *_: None)
+    with open(os.environ["TRAINED"], "a") as file:  # so that what is trained again can be counted
+        file.write(f"{lr!r}\n")
+    return value
 
 
 def _optuna(storage: Any) -> Trials:
@@ -123,4 +126,5 @@ PEERS: dict[str, Callable[[Path], Trials]] = {
 
 
 if __name__ == "__main__":
+    os.environ["TRAINED"] = str(Path(sys.argv[2]).resolve() / "trained.txt")
     print(json.dumps(PEERS[sys.argv[1]](Path(sys.argv[2]))))

@@ -7,8 +7,9 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from hpt_torch.checkpoint import write_atomic
 from hpt_torch.types import DamageError, RunError, RunLockedError, writing
 
 _PACKAGES = ("torch", "torchvision", "optuna", "numpy", "scikit-learn", "scipy", "safetensors", "tensorboard")
+_MOST_OF_A_DIFF = 200_000  # characters
 _FILES = {"run.db", "run.db-wal", "run.db-shm", "run.db-journal", "run.lock", "owner.json", "recipe.toml",
           "environment.json", "trials.csv", "report.html"}  # fmt: skip
 _FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines", "confirmations"}
@@ -148,3 +150,26 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(), "executable": sys.executable,
         "device": device, "threads": threads, "packages": versions,
     }  # fmt: skip
+
+
+def repository(folder: Path) -> dict[str, str]:
+    """The git commit of the user's repository and what is changed since, as `git diff`; empty without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+        return done.stdout if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return {"commit": commit, "diff": git("diff", "--no-ext-diff", "--no-textconv", "HEAD")[:_MOST_OF_A_DIFF]} if commit else {}
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``name: old -> new`` for what of the environment may change a result."""
+    flat = [{**e, **{f"packages.{n}": v for n, v in e.get("packages", {}).items()}} for e in (before, now)]
+    names = ["python", "platform", "processor", "device", "threads", *(f"packages.{n}" for n in _PACKAGES)]
+    pairs = [(name, flat[0].get(name), flat[1].get(name)) for name in names]
+    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]

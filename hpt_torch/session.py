@@ -33,7 +33,7 @@ from hpt_torch.points import points_of
 from hpt_torch.recipe import Recipe
 from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
 from hpt_torch.record import FORMAT, Event, Record
-from hpt_torch.rundir import RunDir, environment
+from hpt_torch.rundir import RunDir, changes, environment, repository
 from hpt_torch.space import Choice, freeze
 from hpt_torch.task import Task
 from hpt_torch.tuner import Tuner
@@ -199,8 +199,9 @@ def run(
             "budget": _budget(checked.recipe),
             **where,
         }
+        earlier = record.last("session")
         record.append(Event(kind="session", body=session))
-        directory.write_json(directory.environment, where)
+        directory.write_json(directory.environment, where | {"repository": repository(Path.cwd())})
         directory.write(directory.recipe, checked.recipe.to_toml().encode())
         trainers = engines.trainers(checked.task, checked.recipe, checked.objective, data, device)
         executor = engines.executor(checked.recipe, checked.objective, data, device, trainers)
@@ -221,6 +222,9 @@ def run(
                 observers=observers,
                 should_stop=lambda: bool(received),
                 finish=None if only_search else choose,
+                notes=[f"since the last session: {line}" for line in changes(earlier.body, where)]
+                if earlier is not None
+                else [],
             )
             tuner.run()
         if received:

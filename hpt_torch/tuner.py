@@ -70,6 +70,7 @@ class Tuner:
         observers: Sequence[Observer] = (),
         should_stop: Callable[[], bool] = lambda: False,
         finish: Callable[[Tuner], None] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.recipe, self.task, self.objective = recipe, task, objective
         self.fixed = hparams  # the fixed hyperparameters, defaults included
@@ -77,6 +78,7 @@ class Tuner:
         self.trainers, self.trainer = trainers, trainers["loop"]
         self.executor = executor
         self.observers, self._should_stop, self._finish = observers, should_stop, finish
+        self._notes = notes  # said at the start
         self._used_before = record.seconds_used()
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
@@ -97,6 +99,8 @@ class Tuner:
         try:
             for observer in self.observers:
                 observer.started(self)
+            for note in self._notes:
+                self.say(note)
             self.dir.remove_strays(self._needed_files())
             if self.scheduler is not None:
                 while self._plan_round():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 
 from hpt_torch import recipe, session
 from hpt_torch.record import Record
-from hpt_torch.rundir import RunDir
+from hpt_torch.rundir import RunDir, repository
 from hpt_torch.task import Task
 from hpt_torch.tasks import Classification
 from hpt_torch.types import (
@@ -266,3 +267,39 @@ def test_a_run_leaves_no_owner_and_no_lock_behind(tmp_path: Path, run_quick: Run
     with RunDir(tmp_path / "run"):
         pass
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["threads"] == 1
+
+
+def test_the_repository_is_recorded_with_what_is_changed(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *name, *arguments], check=True, capture_output=True)
+
+    assert repository(tmp_path) == {}
+    git("init")
+    (tmp_path / "train.py").write_text("lr = 1\n")
+    git("add", "train.py")
+    git("commit", "-m", "first")
+    (tmp_path / "train.py").write_text("lr = 2\n")
+    found = repository(tmp_path)
+    assert len(found["commit"]) == 40
+    assert "-lr = 1\n+lr = 2\n" in found["diff"]
+
+
+def test_another_environment_is_named(
+    tmp_path: Path, run_quick: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Listener:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda line: said.append(line)) if name == "say" else lambda *arguments: None
+
+    run_quick(tmp_path / "run", "search.trials=1")
+    run_quick(tmp_path / "run", "search.trials=2", observers=[Listener()], reopen_holdout=True)
+    assert not [line for line in said if "since the last session" in line]
+    versions = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.1" if name == "optuna" else versions(name)
+    )
+    run_quick(tmp_path / "run", "search.trials=3", observers=[Listener()], reopen_holdout=True)
+    assert f"since the last session: packages.optuna: {versions('optuna')} -> 0.1" in said

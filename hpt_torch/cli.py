@@ -156,7 +156,8 @@ def validate(
     typer.echo(
         f"  search     {search.sampler}, {_trials(checked.recipe)} of {checked.recipe.trainer.epochs} epochs"
     )
-    from hpt_torch.recipe import pruner_of, scheduler_of
+    from hpt_torch.data.folds import chosen_splitter
+    from hpt_torch.recipe import folding_of, pruner_of, scheduler_of
     from hpt_torch.schedulers import PBT, Halving, Pruning, Schedule
 
     epochs = checked.recipe.trainer.epochs
@@ -169,6 +170,12 @@ def validate(
             typer.echo(f"  scheduler  {halving.kind}: rungs after epochs {halving.rungs(epochs)}")
         case Pruning() as pruning:
             typer.echo(f"  scheduler  {pruning.kind} pruner, every {pruning.interval_epochs} epochs")
+    folding, final = folding_of(checked.recipe), checked.recipe.final
+    if folding is not None:
+        repeats = f", {folding.repeats} times" if folding.repeats > 1 else ""
+        typer.echo(f"  folds      {folding.folds} ({chosen_splitter(checked.task.data(), folding)}{repeats})")
+    if final.confirm is not None:
+        typer.echo(f"  confirm    the best {final.confirm} with {final.seeds} new seeds")
     typer.echo(f"  dynamic    {', '.join(dynamic) or 'none'}")
     typer.echo(f"  static     {', '.join(static) or 'none'}")
 

@@ -162,7 +162,10 @@ def repository(folder: Path) -> dict[str, str]:
 
     try:
         commit = git("rev-parse", "HEAD").strip()
-        return {"commit": commit, "diff": git("diff", "--no-ext-diff", "--no-textconv", "HEAD")[:_MOST_OF_A_DIFF]} if commit else {}
+        if not commit:
+            return {}
+        diff = git("diff", "--no-ext-diff", "--no-textconv", "HEAD")
+        return {"commit": commit, "diff": diff[:_MOST_OF_A_DIFF]}
     except (OSError, subprocess.TimeoutExpired):
         return {}
 

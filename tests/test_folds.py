@@ -16,6 +16,7 @@ from test_resume import Killed, PowerSwitch
 import hpt_torch
 from hpt_torch import recipe as recipes
 from hpt_torch import session
+from hpt_torch.cli import app
 from hpt_torch.data import Data, Rows, digits, fashion_mnist, split
 from hpt_torch.data.folds import folds, pooled
 from hpt_torch.record import Record
@@ -343,3 +344,10 @@ def test_recipes_that_cannot_be(
         checked_of(*overrides, task=digits_task)
     assert any(p.where == field and piece in p.what for p in caught.value.problems), str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_validate_says_how_rows_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["validate", "breast_cancer_mlp_folds"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "folds      5 (stratified)\n" in shown
+    assert "confirm    the best 3 with 5 new seeds\n" in shown

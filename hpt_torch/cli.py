@@ -268,6 +268,7 @@ def replay(
 
 
 app.command()(commands.compare)
+app.command()(commands.clean)
 app.command()(commands.refine)
 
 

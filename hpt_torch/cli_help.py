@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 EXAMPLES = {
+    "clean": ("hpt clean runs/digits_mlp_tpe", "hpt clean runs/digits_mlp_tpe --yes"),
     "run": (
         "hpt run digits_mlp_tpe",
         "hpt run recipes/digits_mlp_tpe.toml search.trials=20 seed=1",

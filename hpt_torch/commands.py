@@ -1,4 +1,4 @@
-"""hpt compare | refine: commands over runs that exist. `cli` registers them."""
+"""hpt clean | compare | refine: commands over runs that exist. `cli` registers them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,34 @@ def compare(
     if html is not None:
         _write(html, views.html(found))
         typer.echo(f"With curves: {html}", err=True)
+
+
+def clean(
+    run_dir: Annotated[Path, typer.Argument(help="the directory of a run that is not running")],
+    yes: Annotated[bool, typer.Option("--yes", help="remove it; without, it is only shown")] = False,
+) -> None:
+    """Shows what of a run can go without losing a result, and removes it with --yes."""
+    from rich.table import Table
+
+    from hpt_torch.room import removable, remove, show_bytes, used
+    from hpt_torch.rundir import RunDir
+
+    found = removable(run_dir)
+    if not found:
+        typer.echo(f"{run_dir}: nothing can go of its {show_bytes(used(run_dir))}")
+        return
+    table = Table("what", "size", "why it can go")
+    for item in found:
+        table.add_row(str(item.path.relative_to(run_dir)), show_bytes(item.bytes), item.why)
+    Console().print(table)
+    total = show_bytes(sum(item.bytes for item in found))
+    if not yes:
+        typer.echo(f"{total} of {show_bytes(used(run_dir))}; remove it with hpt clean {run_dir} --yes")
+        return
+    with RunDir(run_dir):  # nobody writes it meanwhile
+        for item in removable(run_dir):
+            remove(item)
+    typer.echo(f"{total} removed, {show_bytes(used(run_dir))} are left")
 
 
 def refine(

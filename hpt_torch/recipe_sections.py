@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from hpt_torch import space as spaces
 from hpt_torch.samplers import SamplerName
@@ -283,6 +283,11 @@ class RunSection(Section):
         default=None,
         description="a worker process that needs longer for an epoch (of all that it trains together) is "
         'stopped, and the trial that did it fails: "90s", "30m"; a trial near it may not repeat',
+    )
+    max_disk: ByteSize | None = Field(
+        default=None,
+        description='"2GB": beyond it TensorBoard is no longer written, and of states of training only the '
+        "newest is kept",
     )
     tensorboard: Flag = True
     workers: int | None = Field(

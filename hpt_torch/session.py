@@ -33,6 +33,7 @@ from hpt_torch.points import points_of
 from hpt_torch.recipe import Recipe
 from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
 from hpt_torch.record import FORMAT, Event, Record
+from hpt_torch.room import check_free
 from hpt_torch.rundir import RunDir, changes, environment, repository
 from hpt_torch.space import Choice, freeze
 from hpt_torch.task import Task
@@ -173,6 +174,7 @@ def run(
     """
     directory = RunDir(path)
     directory.check_usable()
+    check_free(path)
     wanted = identity(checked)
     if directory.record.exists():
         _check_continues(directory, wanted, checked, accept_changed_code, reopen_holdout)

@@ -35,6 +35,7 @@ from hpt_torch.record import (
     trial_event,
 )
 from hpt_torch.report.confirmation import REFIT, chosen, refitted
+from hpt_torch.room import Room
 from hpt_torch.rundir import RunDir
 from hpt_torch.task import Task
 from hpt_torch.trainers.loop import LoopTrainer
@@ -79,6 +80,7 @@ class Tuner:
         self.executor = executor
         self.observers, self._should_stop, self._finish = observers, should_stop, finish
         self._notes = notes  # said at the start
+        self.room = Room(directory.path, recipe.run.max_disk, lambda line: self.say(line))
         self._used_before = record.seconds_used()
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
@@ -319,7 +321,7 @@ class Tuner:
     def drop_old_states(self, key: str, *, ended: bool = False) -> None:
         """Removes what a newer committed file replaces: only now, after the commit."""
         states = self.record.state_files.get(key, [])
-        old = states if ended else states[:-KEEP_STATES]
+        old = states if ended else states[: -1 if self.room.is_full else -KEEP_STATES]
         self.dir.remove(file.name for file in (*old, *self.record.state_files.get("best", [])[:-1]))
 
     # -- ends ------------------------------------------------------------------------------------------

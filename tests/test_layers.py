@@ -74,7 +74,7 @@ WRITES = (
 WRITE_METHODS = ("write_text", "write_bytes", "mkdir", "unlink", "touch", "rmdir", "savefig", "save_file")
 WRITERS = (
     "record", "checkpoint",  # the truth of a run
-    "report.export", "rundir", "session", "observers",  # what is derived from it, and where it lies
+    "report.export", "rundir", "room", "session", "observers",  # what is derived from it, and where it lies
     "result", "commands",  # where the user says: Result.to_csv(path), hpt compare --html, hpt refine --out
     "data.cache", "data.image_sources",  # downloaded data sets: no part of a run
 )  # fmt: skip

@@ -111,6 +111,7 @@ seeds = 4
 [run]
 checkpoint_every_seconds = 1.5
 max_failures = 9
+max_disk = "2GB"
 epoch_timeout = "2m"
 workers = 3
 tensorboard = false

@@ -71,6 +71,8 @@ class TensorBoardObserver:
 
     def _write(self, tuner: Tuner, trial: Trial) -> None:
         """Appends the reports that are not in the trial's file yet; the first time, makes its folder anew."""
+        if tuner.room.is_full:
+            return
         folder, number = self._folder(tuner, trial.number), trial.number
         self._told[number] = time.monotonic()
         protos: list[EventProto] = []

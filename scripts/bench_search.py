@@ -163,14 +163,16 @@ def grid(
     repeats: int = 1,
     epochs: int = 10,
     points: Annotated[int, typer.Option(help="at most so many points of the grid, for a quick look")] = 243,
+    folds: Annotated[int, typer.Option(help="of cross-validation; then the peer is skorch alone")] = 0,
     peer_threads: _THREADS = 1,
     settings: _SET = None,
     json_path: _JSON = None,
 ) -> None:
     """The 243-point grid of an MLP on digits: ours against Optuna, Ray Tune, skorch (and loop, optuna2j)."""
     before = load()
-    chosen, values = _installed(peers), _smaller(points)
+    chosen, values = _installed("skorch" if folds else peers), _smaller(points)
     overrides = [f"trainer.epochs={epochs}", *(settings or [])]
+    overrides += [f"evaluation.folds={folds}"] if folds else []
     if values != _GRID:
         overrides += [f"space.{name}={{choice={json.dumps(options)}}}" for name, options in values.items()]
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], **{name: [] for name in chosen}}
@@ -179,6 +181,7 @@ def grid(
         root = Path(temporary)
         _digits(root / "digits.npz")
         told = {"grid": values, "epochs": epochs, "data": str(root / "digits.npz"), "cores": _cores()}
+        told["folds"] = folds
         for repeat in range(repeats):
             for name in chosen or [""]:
                 mine = _ours(
@@ -191,7 +194,8 @@ def grid(
                     runs[name].append(other)
                     ratios[name].append({key: other[key] / mine[key] for key in ("whole", "phase")})
     count = math.prod(map(len, values.values()))
-    rows = _table(f"grid of {count} points, {epochs} epochs, {_cores()} cores", runs, ratios)
+    cut = f", {folds} folds" if folds else ""
+    rows = _table(f"grid of {count} points{cut}, {epochs} epochs, {_cores()} cores", runs, ratios)
     say_load(before)
     _write(json_path, {"points": count, "epochs": epochs, "cores": _cores(), "load": before, "rows": rows})
 

@@ -215,9 +215,9 @@ class SkorchMLP(MLP):
 
 
 def grid_skorch(c: Mapping[str, Any]) -> dict[str, Any]:
-    """skorch.NeuralNetClassifier in sklearn's GridSearchCV on the one split, as many jobs as cores. It scores
-    once, after the last epoch."""
-    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    """skorch.NeuralNetClassifier in sklearn's GridSearchCV on the one split, or on folds of train and valid
+    and with the refit that follows, as many jobs as cores. It scores once, after the last epoch."""
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFold
     from skorch import NeuralNetClassifier
 
     data = read(c["data"])
@@ -245,9 +245,11 @@ def grid_skorch(c: Mapping[str, Any]) -> dict[str, Any]:
     search = GridSearchCV(
         net,
         {names[name]: values for name, values in c["grid"].items()},
-        cv=PredefinedSplit(np.concatenate(fold)),
+        cv=StratifiedKFold(c["folds"], shuffle=True, random_state=SEED)
+        if c["folds"]
+        else PredefinedSplit(np.concatenate(fold)),
         scoring="accuracy",
-        refit=False,
+        refit=bool(c["folds"]),
         n_jobs=c["cores"],
     )
     both = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -45,6 +46,14 @@ class PowerSwitch:
     def arm(self, step: int, after: bool) -> None:
         self.left, self.after = step, after
 
+    def cut(self, step: int, after: bool, run: Callable[[], str]) -> str:
+        """What `run` gives when it is run again after the power went off at this step."""
+        self.arm(step, after)
+        with pytest.raises(Killed):
+            run()
+        self.arm(-1, after)
+        return run()
+
     def _step(self, action: Callable[[], Any]) -> None:
         self.count += 1
         self.left -= 1
@@ -77,11 +86,8 @@ def test_power_cut_at_every_durable_step(
     for step in range(1, steps + 1, stride):
         for after in (False, True):
             path = tmp_path / f"{step}-{after}"
-            switch.arm(step, after)
-            with pytest.raises(Killed):
-                run_quick(path, *settings)
-            switch.arm(-1, after)
-            assert run_quick(path, *settings) == expected, (step, after)
+            got = switch.cut(step, after, functools.partial(run_quick, path, *settings))
+            assert got == expected, (step, after)
             files = sorted(p.name for p in (path / "checkpoints").iterdir())
             assert len(files) == 1, files
             assert files[0].startswith("best-")

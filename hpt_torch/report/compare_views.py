@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -12,11 +11,11 @@ from rich.text import Text
 
 from hpt_torch.report.compare import Run, Table, tables, verdict
 from hpt_torch.report.markdown import plain
+from hpt_torch.report.shell import document
 from hpt_torch.report.svg import Frame, Scale, linear, polyline, robust, seconds
 from hpt_torch.types import printable
 
 COLOURS = 6  # of lines; then they repeat
-_FOLDER = Path(__file__).parent
 
 
 def print_comparison(runs: Sequence[Run], console: Console | None = None) -> None:
@@ -50,27 +49,6 @@ def _row(cells: Sequence[str]) -> str:
 
 # -- HTML ----------------------------------------------------------------------------------------------
 
-_SHELL = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title} · hpt_torch</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
 
 def html(runs: Sequence[Run]) -> str:
     """One page without a script; every text of the runs is escaped."""
@@ -78,11 +56,9 @@ def html(runs: Sequence[Run]) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in verdict(runs))
     sections = [f"{lines}{_table(runs, first)}", _curves(runs)]
     sections += [_table(runs, table) for table in rest]
-    return _SHELL.format(
-        title=escape(" / ".join(run.name for run in runs)),
-        style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
-        body="".join(f"<section>{section}</section>" for section in sections if section),
-    )
+    title = " / ".join(run.name for run in runs)
+    body = "".join(f"<section>{section}</section>" for section in sections if section)
+    return document(title=title, body=f"<header><h1>{escape(title)}</h1></header>\n<main>\n{body}\n</main>")
 
 
 def _table(runs: Sequence[Run], table: Table) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
-import hashlib
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -16,6 +14,7 @@ from hpt_torch.record import Record
 from hpt_torch.report import advice, choice, findings, plots, population
 from hpt_torch.report.diagnosis import diagnose, replay_scores
 from hpt_torch.report.plots import View
+from hpt_torch.report.shell import document
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import number
 from hpt_torch.report.table import trial_table
@@ -58,18 +57,12 @@ def page(record: Record, summary: Summary) -> str:
         for key, title, content in sections
     )
     links = "".join(f'<a href="#{key}">{_SHORT[key]}</a>' for key, _, _ in sections)
-    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
-    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
-    return _SHELL.format(
-        title=escape(summary.name),
-        # The browser itself refuses to load anything, and to run any script but ours, whatever slips in.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=style,
-        script=script,
-        header=_header(record, summary),
-        links=links,
-        body=body,
-        many=' class="many"' if len(summary.trials) > _MANY else "",
+    many = ' class="many"' if len(summary.trials) > _MANY else ""
+    return document(
+        title=summary.name,
+        body=f"<header>{_header(record, summary)}</header>\n"
+        f'<nav aria-label="Sections">{links}</nav>\n<main{many}>\n{body}\n</main>',
+        script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
     )
 
 
@@ -80,29 +73,6 @@ _SHORT = {
     "slices": "Slices", "importance": "Importance", "interaction": "Pairs", "timeline": "Timeline",
     "trials": "Trials", "failures": "Failures", "origin": "Recipe",
 }  # fmt: skip
-
-_SHELL = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'sha256-{script_hash}'; img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title} · hpt_torch</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header>{header}</header>
-<nav aria-label="Sections">{links}</nav>
-<main{many}>
-{body}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 def _header(record: Record, summary: Summary) -> str:

@@ -138,10 +138,8 @@ def _check_folds(recipe: Recipe, task: Task) -> list[Problem]:
     """Whether the rows can be cut as [evaluation] and [final] want it."""
     folding = recipes.folding_of(recipe)
     try:
-        if folding is not None:
+        if recipes.refits(recipe):
             cross_validation.check(task.data(), folding, recipe.seed)
-        elif recipes.refits(recipe):
-            cross_validation.pooled(task.data())
     except TaskError as error:
         return [Problem("evaluation.folds" if folding is not None else "final.refit", str(error))]
     return []

@@ -145,6 +145,15 @@ def test_folds_that_cannot_be(folding: Folding, data: Data, piece: str) -> None:
         folds(data, folding, seed=0)
 
 
+def test_a_stream_cannot_be_cut(digits_task: Task) -> None:
+    data = numbered()
+    stream = hpt_torch.Stream(torch.utils.data.TensorDataset(*data.train.tensors.values()))  # type: ignore[attr-defined]
+    task = Classification(hpt_torch.models.MLP, dataclasses.replace(data, train=stream))
+    for override in ("evaluation.folds=3", "final.refit=true"):
+        with pytest.raises(RecipeError, match=f"{override.partition('=')[0]}: .* only in memory"):
+            checked_of(override, task=task)
+
+
 def test_split_refuses_groups_it_cannot_keep() -> None:
     with pytest.raises(TaskError, match="one integer a row"):
         numbered(groups=np.arange(59))

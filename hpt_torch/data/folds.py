@@ -27,11 +27,12 @@ def pooled(data: Data) -> Data:
     return _prepared(data, pool, rows, rows[len(data.train) :])
 
 
-def check(data: Data, folding: Folding, seed: int) -> None:
-    """Raises TaskError where `folds` would; makes no copies."""
-    pool = _pool(data)
-    for _ in _indices(data, pool["targets"], folding, seed):
-        pass
+def check(data: Data, folding: Folding | None, seed: int) -> None:
+    """Raises TaskError where `folds` would, or, for None, `pooled`; makes no copies of the rows."""
+    parts = _parts(data)
+    if folding is not None:
+        for _ in _indices(data, _joined(parts, "targets"), folding, seed):
+            pass
 
 
 def folds(data: Data, folding: Folding, seed: int) -> list[Data]:
@@ -91,10 +92,22 @@ def _indices(
         yield from found
 
 
-def _pool(data: Data) -> dict[str, Tensor]:
+def _parts(data: Data) -> tuple[Rows, Rows]:
     if not isinstance(data.train, Rows) or not isinstance(data.valid, Rows):
-        raise TaskError("folds need rows in memory; give hpt_torch.Rows instead of a Stream, or no folds")
-    return {name: torch.cat((t, data.valid.tensors[name])) for name, t in data.train.tensors.items()}
+        raise TaskError(
+            "train and valid can be joined only in memory; give hpt_torch.Rows instead of a Stream, or do "
+            "without folds, confirm and refit"
+        )
+    return data.train, data.valid
+
+
+def _joined(parts: tuple[Rows, Rows], name: str) -> Tensor:
+    return torch.cat([part.tensors[name] for part in parts])
+
+
+def _pool(data: Data) -> dict[str, Tensor]:
+    parts = _parts(data)
+    return {name: _joined(parts, name) for name in parts[0].tensors}
 
 
 def _prepared(data: Data, pool: dict[str, Tensor], train: Tensor, valid: Tensor) -> Data:

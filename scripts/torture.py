@@ -94,6 +94,9 @@ CASES = {
     "tpe-folds-refit-loop-processes-mlp": case(
         MLP, "tpe", "loop", "processes", evaluation={"folds": 2}, search={"trials": 4, "round_size": 2}
     ),
+    "random-fifo-fused-processes-mlp-confirm": case(
+        MLP, "random", "fused", "processes", final={"confirm": 2, "seeds": 2}, search={"trials": 4}
+    ),
     "tpe-fifo-loop-processes-cnn": case(CNN, "tpe", "loop", "processes"),
     "random-asha-fused-inline-cnn": case(CNN, "random", "fused", "inline", scheduler={"kind": "asha"}),
     "random-pbt-loop-processes-cnn": case(CNN, "random", "loop", "processes", scheduler=PBT),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hpt_torch.hparams import signature
 from hpt_torch.record import Record
-from hpt_torch.trainers import planner
+from hpt_torch.trainers import costs, planner
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
@@ -27,6 +27,8 @@ class Planning:
     ) -> None:
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
         self.engine, self.say, self.folds = engine, say, folds
+        begun = record.last("run")
+        self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
         self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
         self._told: set[str] = set()
 
@@ -37,6 +39,7 @@ class Planning:
             list(signatures.items()),
             engine=self.engine,
             device=self.trainer.device.type,
+            slow=frozenset(self.costs["slow"]),
             traits=lambda trial: self.trainer.traits(hparams[trial], trial),
             why_not=lambda trials: self._why_not(
                 signatures[trials[0]], trials, [hparams[trial] for trial in trials]

@@ -17,6 +17,7 @@ from torch import nn
 from hpt_torch.models import MLP
 from hpt_torch.record import Record
 from hpt_torch.tasks import Classification
+from hpt_torch.trainers.costs import SHIPPED, Costs
 from hpt_torch.trainers.planner import LARGEST, Chunk, plan
 from hpt_torch.types import TrialState
 
@@ -25,11 +26,12 @@ def _plan(
     signatures: Sequence[str],
     engine: str = "auto",
     device: str = "cpu",
-    traits: Sequence[str] = (),
+    traits: Sequence[str] = ("dense",),
     why: str | None = None,
+    costs: Costs = SHIPPED,
 ) -> list[Chunk]:  # fmt: skip
     return plan(
-        list(enumerate(signatures)), engine=engine, device=device,
+        list(enumerate(signatures)), engine=engine, device=device, slow=costs.slow_together(device),
         traits=lambda trial: frozenset(traits), why_not=lambda trials: why,
     )  # fmt: skip
 

@@ -66,14 +66,15 @@ class LoopTrainer:
         return model.to(memory_format=torch.channels_last) if self._channels_last else model
 
     def traits(self, hparams: HParams, trial: int) -> frozenset[str]:
-        """What of the trial's model decides how it trains fastest: convolution, lstm."""
+        """What of the trial's model decides how it trains fastest: some of `costs.TRAITS`."""
         found = set()
         for module in self.module(hparams, trial).modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 found.add("convolution")
-            if isinstance(module, nn.LSTM) or getattr(module, "cell", None) == "lstm":
-                found.add("lstm")
-        return frozenset(found)
+            for cell, kind in (("lstm", nn.LSTM), ("gru", nn.GRU), ("rnn", nn.RNN)):
+                if isinstance(module, kind) or getattr(module, "cell", None) == cell:
+                    found.add(cell)
+        return frozenset(found or {"dense"})
 
     def module(self, hparams: HParams, trial: int) -> nn.Module:
         """The trial's module to train in; its tensors hold whatever they held last."""

@@ -13,10 +13,6 @@ _LARGEST_ELSEWHERE = 64
 # of so many members where there are enough, so that more workers have something to do. (Not into as many as
 # there are workers: their number must not change a result.)
 _POPULATIONS, _ENOUGH = 4, 8
-# On the CPU vmap turns convolutions into grouped ones (half the speed of the loop), and an LSTM cannot use
-# the kernel that one member gets (three quarters of it). All else that was measured trains faster together
-# from two members on (notebooks/LOG.md).
-SLOW_TOGETHER_ON_CPU = frozenset({"convolution", "lstm"})
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,16 @@ def plan(
     *,
     engine: str,
     device: str,
+    slow: frozenset[str],
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int]], str | None],
     folds: int = 0,
 ) -> list[Chunk]:
     """The chunks of a round, in the order of their first trials; with folds, each once a fold.
 
-    signatures: (trial, signature) in order. engine: auto, loop or fused. device: its type. traits: of a
-    trial's model; why_not: why trials cannot be mapped together. Both are asked only where they matter.
+    signatures: (trial, signature) in order. engine: auto, loop or fused. device: its type. slow: the traits
+    of models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model; why_not:
+    why trials cannot be mapped together. Both are asked only where they matter.
     """
     groups: dict[str, list[int]] = {}
     parts = range(folds) if folds else [None]
@@ -51,7 +49,7 @@ def plan(
     chunks = []
     for trials in groups.values():
         for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device)):
-            chosen, why = _choose(part, engine, device, traits, why_not)
+            chosen, why = _choose(part, engine, device, slow, traits, why_not)
             pieces = [part] if chosen == "fused" else [[trial] for trial in part]
             for piece in pieces:
                 for fold in parts:
@@ -64,6 +62,7 @@ def _choose(
     trials: Sequence[int],
     engine: str,
     device: str,
+    slow: frozenset[str],
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int]], str | None],
 ) -> tuple[str, str]:
@@ -73,9 +72,10 @@ def _choose(
         return "loop", "the only trial of its signature"
     reason = why_not(trials[:2])
     if engine == "auto" and reason is None:
-        slow = traits(trials[0]) & SLOW_TOGETHER_ON_CPU if device == "cpu" else frozenset()
-        if slow:
-            return "loop", f"{' and '.join(sorted(slow))} train faster one by one on the CPU"
+        slowing = traits(trials[0]) & slow if slow else slow
+        if slowing:
+            where = "the CPU" if device == "cpu" else device
+            return "loop", f"{' and '.join(sorted(slowing))} train faster one by one on {where}"
     if reason is not None:
         return "loop", f"cannot be mapped over members: {reason}"
     return "fused", "asked for" if engine == "fused" else f"{len(trials)} trials of one signature"

@@ -100,18 +100,13 @@ class Evolution:
 
     def _train(self, until: int) -> bool:
         """Every living member to `until` epochs; False where it was left before, the states saved."""
-        engine: str | None = None
         while waiting := self._waiting(until):
-            chunks = self._plan(waiting) if engine is None else self._alone(waiting, engine)
+            chunks = self._plan(waiting)
             by_key = {chunk.key: chunk for chunk in chunks}
             segments = (self._segment(chunk, until) for chunk in chunks)
             for boundary in self.tuner.executor.run(segments, lambda: self.tuner.interrupted):
                 if boundary.broken:
-                    self.tuner.commit(
-                        Event(kind="fallback", body={"key": boundary.key, "reason": boundary.broken})
-                    )
-                    self.tuner.say("members failed together and are trained one by one")
-                    engine = "loop"
+                    self.tuner.fall_back(by_key[boundary.key], boundary)
                     continue
                 self._take(by_key[boundary.key], boundary)
             if self.tuner.interrupted:
@@ -124,7 +119,6 @@ class Evolution:
 
     def _plan(self, members: Sequence[int]) -> list[Chunk]:
         """Groups by signature, as recorded; the plan of a generation is made and committed once."""
-        fallen = {event.body["key"] for event in self.record.of_kind("fallback")}
         for event in self.record.of_kind("plan"):
             if event.body.get("generation") == self.generation:
                 chunks = [Chunk(**{**c, "trials": tuple(c["trials"])}) for c in event.body["chunks"]]
@@ -140,18 +134,11 @@ class Evolution:
             if self.generation == 0:
                 self.tuner.planning.tell(chunks)
         wanted, found = {self.trials[i] for i in members}, []
-        for chunk in chunks:
-            trials = tuple(number for number in chunk.trials if number in wanted)
-            engine = "loop" if chunk.key in fallen else chunk.engine
-            if trials:
-                found.append(dataclasses.replace(chunk, trials=trials, engine=engine))
+        for planned in chunks:
+            for chunk in self.tuner.planning.taken_apart(planned):
+                if trials := tuple(number for number in chunk.trials if number in wanted):
+                    found.append(dataclasses.replace(chunk, trials=trials))
         return found
-
-    def _alone(self, members: Sequence[int], engine: str) -> list[Chunk]:
-        return [
-            Chunk(f"generation-{self.generation}-{self.trials[i]}-alone", (self.trials[i],), engine, "")
-            for i in members
-        ]
 
     def _segment(self, chunk: Chunk, until: int) -> Segment:
         return Segment(

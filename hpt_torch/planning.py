@@ -45,7 +45,13 @@ class Planning:
                 signatures[trials[0]], trials, [hparams[trial] for trial in trials]
             ),
             folds=self.folds,
+            fits=self.fits(),
         )
+
+    def fits(self) -> int | None:
+        """How many trials the memory holds at once, as far as groups that ran out of it have shown."""
+        full = [e.body["members"] for e in self.record.of_kind("fallback") if e.body.get("out_of_memory")]
+        return max(min(full) // 2, 1) if full else None
 
     def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
         """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
@@ -73,17 +79,24 @@ class Planning:
         plan = self.record.last("plan")
         if plan is None:
             return []
-        fallen, chunks = self.fallen(), []
-        for c in plan.body["chunks"]:
-            fold = c.get("fold")
-            if fallen.issuperset((n, fold) for n in c["trials"]):
-                where = "" if fold is None else f"-fold-{fold}"
-                chunks += [
-                    Chunk(f"chunk-{n}{where}-alone", (n,), "loop", "fell back", fold) for n in c["trials"]
-                ]
-            else:
-                chunks.append(Chunk(c["key"], tuple(c["trials"]), c["engine"], c["why"], fold))
+        chunks = [
+            piece
+            for c in plan.body["chunks"]
+            for piece in self.taken_apart(Chunk(**{**c, "trials": tuple(c["trials"])}))
+        ]
         return [c for c in chunks if not all(self.is_done(n, c.fold) for n in c.trials)]
+
+    def taken_apart(self, chunk: Chunk) -> list[Chunk]:
+        """The chunk; where its trials could not go on together its halves, in their turn: in the end the
+        culprit is alone, and the others have trained together."""
+        if not any(event.body["key"] == chunk.key for event in self.record.of_kind("fallback")):
+            return [chunk]
+        middle, pieces = len(chunk.trials) // 2, []
+        for name, trials in (("a", chunk.trials[:middle]), ("b", chunk.trials[middle:])):
+            engine = "loop" if len(trials) == 1 else chunk.engine
+            half = Chunk(f"{chunk.key}-{name}", trials, engine, "fell back", chunk.fold)
+            pieces += self.taken_apart(half) if trials else []
+        return pieces
 
     def is_done(self, number: int, fold: int | None) -> bool:
         """Whether nothing is left to train of this trial (on this fold)."""

@@ -50,7 +50,7 @@ class Race:
         whole = True
         for boundary in self.tuner.executor.run(iter(segments), lambda: self.tuner.interrupted):
             if boundary.broken:
-                self.tuner.fall_back(self.chunks[boundary.key], boundary.broken)
+                self.tuner.fall_back(self.chunks[boundary.key], boundary)
                 whole = False
             else:
                 self._take(boundary)

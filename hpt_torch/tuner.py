@@ -191,7 +191,7 @@ class Tuner:
         for boundary in self.executor.run(segments, lambda: self.interrupted):
             chunk = by_key[boundary.key]
             if boundary.broken:
-                self.fall_back(chunk, boundary.broken)
+                self.fall_back(chunk, boundary)
                 continue
             events = self.events_of(boundary, chunk.fold)
             if boundary.state is not None:
@@ -212,10 +212,11 @@ class Tuner:
                 "run directory, or go on all the same with a larger run.max_failures"
             )
 
-    def fall_back(self, chunk: Chunk, reason: str) -> None:
+    def fall_back(self, chunk: Chunk, boundary: Boundary) -> None:
         """Records that these trials cannot go on together."""
-        self.commit(Event(kind="fallback", body={"key": chunk.key, "reason": reason}))
-        self.say(f"trials {list(chunk.trials)} failed together and are trained one by one")
+        body = {"key": chunk.key, "reason": boundary.broken, "members": len(chunk.trials)}
+        self.commit(Event(kind="fallback", body={**body, "out_of_memory": boundary.out_of_memory}))
+        self.say(f"trials {list(chunk.trials)} failed together and are trained again in halves")
 
     def segment(self, chunk: Chunk, until_epoch: int | None = None) -> Segment:
         """The chunk to its end (default: the recipe's epochs), from its newest good state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from conftest import QUICK
 from hypothesis import given
 from hypothesis import strategies as st
+from test_resume import PowerSwitch
 from torch import nn
 
+from hpt_torch import engines
 from hpt_torch.models import MLP
+from hpt_torch.population import Population
 from hpt_torch.record import Record
 from hpt_torch.tasks import Classification
 from hpt_torch.trainers.costs import SHIPPED, Costs
+from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.planner import LARGEST, Chunk, plan
 from hpt_torch.types import TrialState
 
@@ -28,11 +33,11 @@ def _plan(
     device: str = "cpu",
     traits: Sequence[str] = ("dense",),
     why: str | None = None,
-    costs: Costs = SHIPPED,
+    costs: Costs = SHIPPED, fits: int | None = None,
 ) -> list[Chunk]:  # fmt: skip
     return plan(
         list(enumerate(signatures)), engine=engine, device=device, slow=costs.slow_together(device),
-        traits=lambda trial: frozenset(traits), why_not=lambda trials: why,
+        traits=lambda trial: frozenset(traits), why_not=lambda trials: why, fits=fits,
     )  # fmt: skip
 
 
@@ -74,6 +79,8 @@ def test_what_decides() -> None:
     # A round of one signature keeps several workers busy; one of many signatures does so as it is.
     assert [len(c.trials) for c in _plan("a" * 32)] == [8, 8, 8, 8]
     assert [len(c.trials) for c in _plan("a" * 9)] == [4, 5]
+    assert [len(c.trials) for c in _plan("a" * 9, fits=3)] == [3, 3, 3]
+    assert [(c.engine, len(c.trials)) for c in _plan("aa", fits=1)] == [("loop", 1)] * 2
     assert [len(c.trials) for c in _plan("a" * 4)] == [2, 2]
     assert [len(c.trials) for c in _plan("a" * 16 + "b" * 16)] == [8, 8, 8, 8]
     assert [len(c.trials) for c in _plan("a" * 27 + "b" * 27 + "c" * 27 + "d" * 27)] == [27] * 4
@@ -91,7 +98,7 @@ class _FailsLate(Classification):
         return super().loss(model, batch, hparams)
 
 
-def test_members_that_fail_together_are_trained_one_by_one(
+def test_members_that_fail_together_are_trained_again_in_halves(
     tmp_path: Path, run_quick: Callable[..., str], digits_task: Classification
 ) -> None:
     _FailsLate.calls = 0
@@ -102,8 +109,45 @@ def test_members_that_fail_together_are_trained_one_by_one(
     with Record(tmp_path / "run" / "run.db", readonly=True) as record:
         (fallback,) = record.of_kind("fallback")
     assert "RuntimeError: late" in fallback.body["reason"]
-    loop = json.loads(run_quick(tmp_path / "loop", *settings, "trainer.engine=loop"))
-    assert [t["weights_sha256"] for t in got["trials"]] == [t["weights_sha256"] for t in loop["trials"]]
+    calm = [
+        json.loads(run_quick(tmp_path / engine, *settings, f"trainer.engine={engine}"))
+        for engine in ("loop", "fused", "fused")
+    ]
+    trained = [[trial["weights_sha256"] for trial in run["trials"]] for run in (got, *calm)]
+    assert trained[0] == [trained[1][0], *trained[2][1:]]  # the first alone, two together
+
+
+class _Fills(FusedTrainer):
+    """A memory that holds three members."""
+
+    def init(self, trials: Sequence[int], hparams: Sequence[Mapping[str, Any]]) -> Population:
+        if len(trials) > 3:
+            raise torch.OutOfMemoryError("simulated")
+        return super().init(trials, hparams)
+
+
+def test_a_group_that_the_memory_does_not_hold_is_halved_and_later_groups_are_no_larger(
+    tmp_path: Path, run_quick: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("activation=relu", "search.round_size=16", "search.trials=32", "trainer.epochs=1")
+    calm = json.loads(run_quick(tmp_path / "calm", *settings, "trainer.engine=loop"))
+    monkeypatch.setattr(engines, "ENGINES", {**engines.ENGINES, "fused": _Fills})
+    settings = (*settings, "trainer.engine=fused", "run.checkpoint_every_seconds=0")
+    switch = PowerSwitch(monkeypatch)
+    whole = run_quick(tmp_path / "run", *settings)
+    got = json.loads(whole)
+    assert {trial["state"] for trial in got["trials"]} == {"COMPLETE"}
+    assert [t["metrics"].keys() for t in got["trials"]] == [t["metrics"].keys() for t in calm["trials"]]
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        full = record.of_kind("fallback")
+        first, second = record.of_kind("plan")
+    sizes = [[len(c["trials"]) for c in plan.body["chunks"]] for plan in (first, second)]
+    assert [max(sizes[0]), max(sizes[1])] == [8, 2]
+    assert [event.body["members"] for event in full] == [8, 8, 4, 4, 4, 4]
+    assert all(event.body["out_of_memory"] for event in full)
+    for step in range(2, switch.count, 9):
+        path = tmp_path / str(step)
+        assert switch.cut(step, bool(step % 2), functools.partial(run_quick, path, *settings)) == whole, step
 
 
 class _Branches(nn.Module):

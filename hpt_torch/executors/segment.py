@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint
@@ -66,7 +67,8 @@ class Boundary:
     finished: list[Finished] = field(default_factory=list)
     best: tuple[int, dict[str, Tensor]] | None = None  # the trial that beats the bar, and its weights
     state: State | None = None  # of the members, where it is to be saved or handed on
-    broken: str = ""  # why the members cannot go on together: they are to be trained one by one
+    broken: str = ""  # why the members cannot go on together: they are to be trained in halves
+    out_of_memory: bool = False  # that is why
     over: bool = False  # nothing more comes of this segment
 
 
@@ -91,8 +93,11 @@ class Training:
         except InfeasibleError as error:
             yield self._lost(segment, TrialState.INFEASIBLE, str(error))
             return
-        except Exception:  # user code; its traceback is the reason
-            yield self._lost(segment, TrialState.FAILED, traceback.format_exc(limit=-8))
+        except Exception as error:  # user code; its traceback is the reason
+            if len(segment.trials) > 1:
+                yield self._broken(segment, error)
+            else:
+                yield self._lost(segment, TrialState.FAILED, traceback.format_exc(limit=-8))
             return
         if segment.state is not None:
             population.restore(*segment.state)
@@ -108,10 +113,10 @@ class Training:
             until = min([*(epoch + 1 for epoch in ready), segment.until_epoch])
             try:
                 result = trainer.train(population, until, should_pause=should_pause)
-            except (Exception, SystemExit):  # user code; one by one the culprit will show
+            except (Exception, SystemExit) as error:  # user code
                 if segment.engine != "fused":
                     raise
-                yield Boundary(key=segment.key, broken=traceback.format_exc(limit=-8), over=True)
+                yield self._broken(segment, error)
                 return
             boundary = Boundary(key=segment.key, reports=result.reports)
             boundary.ended_badly = {t: (TrialState.FAILED, why) for t, why in result.failed.items()}
@@ -130,6 +135,11 @@ class Training:
         return Boundary(
             key=segment.key, ended_badly={trial: (state, reason) for trial in segment.trials}, over=True
         )
+
+    def _broken(self, segment: Segment, error: BaseException) -> Boundary:
+        """In halves the culprit will show. To be called where the error is handled."""
+        why = traceback.format_exc(limit=-8)
+        return Boundary(key=segment.key, broken=why, out_of_memory=_is_out_of_memory(error), over=True)
 
     def _finish(
         self, segment: Segment, population: Population, boundary: Boundary, bar: float | None
@@ -168,3 +178,8 @@ class Training:
             return epoch >= segment.until_epoch
         waited = epoch - population.best_epoch[i]
         return epoch >= self.epochs or (self.patience is not None and waited >= self.patience)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller group may fit. (On the CPU torch raises a RuntimeError of its allocator.)"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

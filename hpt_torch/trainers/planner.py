@@ -35,12 +35,14 @@ def plan(
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int]], str | None],
     folds: int = 0,
+    fits: int | None = None,
 ) -> list[Chunk]:
     """The chunks of a round, in the order of their first trials; with folds, each once a fold.
 
     signatures: (trial, signature) in order. engine: auto, loop or fused. device: its type. slow: the traits
     of models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model; why_not:
-    why trials cannot be mapped together. Both are asked only where they matter.
+    why trials cannot be mapped together. Both are asked only where they matter. fits: how many the memory
+    holds at once, where that is known.
     """
     groups: dict[str, list[int]] = {}
     parts = range(folds) if folds else [None]
@@ -48,7 +50,7 @@ def plan(
         groups.setdefault(signature, []).append(trial)
     chunks = []
     for trials in groups.values():
-        for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device)):
+        for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device, fits)):
             chosen, why = _choose(part, engine, device, slow, traits, why_not)
             pieces = [part] if chosen == "fused" else [[trial] for trial in part]
             for piece in pieces:
@@ -81,7 +83,7 @@ def _choose(
     return "fused", "asked for" if engine == "fused" else f"{len(trials)} trials of one signature"
 
 
-def _largest(members: int, groups: int, engine: str, device: str) -> int:
+def _largest(members: int, groups: int, engine: str, device: str, fits: int | None) -> int:
     """How many members of a group of this size train together at most, in a round of so many groups."""
     if engine == "loop":
         return 1
@@ -89,7 +91,7 @@ def _largest(members: int, groups: int, engine: str, device: str) -> int:
     if device == "cpu":
         pieces = max(min(-(-_POPULATIONS // groups), max(members // _ENOUGH, 2), members // 2), 1)
         largest = min(largest, -(-members // pieces))
-    return largest
+    return largest if fits is None else min(largest, fits)
 
 
 def _split(trials: Sequence[int], largest: int) -> list[list[int]]:

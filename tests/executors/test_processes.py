@@ -75,7 +75,7 @@ def test_a_worker_that_is_killed_is_replaced(
 def test_a_trial_that_kills_its_workers_ends_alone(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification
 ) -> None:
-    """Also where its trials were to be trained together: they are then tried one by one."""
+    """Also where its trials were to be trained together: they are then tried in halves."""
     task = _Killer(MLP, digits_task.data())
     task.always = True
     settings = (*FUSED, "executor=processes", "run.workers=2")

@@ -138,6 +138,12 @@ def add_penalty(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l2
 
 
 @torch.no_grad()
+def norm_of(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of the whole gradient, of shape ()."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    return norm
+
+
 def clip(grads: Sequence[Tensor], max_norm: float, max_value: float) -> tuple[list[Tensor], Tensor, Tensor]:
     """(clipped gradients, their common 2-norm before, whether any was clipped), the last two of shape ().
 
@@ -145,16 +151,13 @@ def clip(grads: Sequence[Tensor], max_norm: float, max_value: float) -> tuple[li
     ``clip_grad_value_`` and ``clip_grad_norm_`` of torch.nn.utils.
     """
     clipped = list(grads)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(clipped)))
+    norm = norm_of(clipped)
     touched = norm > max_norm
     if math.isfinite(max_value):
         largest = torch.stack(torch._foreach_norm(clipped, math.inf)).max()
         touched = touched | (largest > max_value)
         clipped = [grad.clamp(-max_value, max_value) for grad in clipped]
     if math.isfinite(max_norm):
-        if math.isfinite(max_value):
-            now = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(clipped)))
-        else:
-            now = norm
+        now = norm_of(clipped) if math.isfinite(max_value) else norm
         clipped = list(torch._foreach_mul(clipped, (max_norm / (now + 1e-6)).clamp(max=1.0)))
     return clipped, norm, touched

@@ -171,7 +171,8 @@ def throughput(
         )
         population = trainer.init([0], [hparams])
         member = Member(trainer, population, 0)
-        member.steps_left = repeats * rows // batch_size
+        member.batches = rows // batch_size
+        member.steps_left = repeats * member.batches
         model = plain()
         optimizer = torch.optim.Adam(model.parameters())
         loader = DataLoader(

@@ -530,10 +530,37 @@ def test_clipping_by_value_and_norm(norm: float, value: float) -> None:
         assert 0 < sum(touched) <= len(touched)
 
 
-def test_nothing_is_logged_of_gradients_that_are_not_clipped() -> None:
+def test_the_norm_of_a_gradient_that_is_not_clipped_is_the_mean_of_a_few_steps() -> None:
     task = _task()
-    _, reports = _train(_trainer(task), _hparams(task), epochs=1)
-    assert not {"train/grad_norm", "train/clipped_share"} & set(reports[0].metrics)
+    hparams = _hparams(task, optimizer="sgd", lr=0.1)
+    norms: list[float] = []
+
+    def measure(model: nn.Module) -> None:
+        norms.append(
+            float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        )
+
+    trainer = _trainer(task)
+    _, reports = _train(trainer, hparams)
+    _plain(
+        trainer, hparams, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9), before_step=measure
+    )
+    steps = len(norms) // EPOCHS
+    assert steps > base.NORMS
+    for epoch, report in enumerate(reports):
+        chosen = [norms[epoch * steps + i] for i in range(steps) if base.norm_is_measured(i, steps)]
+        assert len(chosen) == base.NORMS
+        assert report.metrics["train/grad_norm"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-9)
+        assert "train/clipped_share" not in report.metrics
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5, 7, 8, 100])
+def test_the_steps_at_which_norms_are_measured_are_spread_evenly(batches: int) -> None:
+    chosen = [i for i in range(batches) if base.norm_is_measured(i, batches)]
+    assert len(chosen) == min(base.NORMS, batches)
+    assert chosen[-1] == batches - 1
+    gaps = {b - a for a, b in pairwise(chosen)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 # -- the best epoch ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from hpt_torch.task import Task
 from hpt_torch.types import HParams, Report
 
 EVALUATION_BATCH = 1024
+NORMS = 4  # steps of an epoch at which the gradient's norm is measured where nothing is clipped
 
 
 @dataclass
@@ -127,6 +128,21 @@ def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextMan
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(rows.device.type, dtype=dtype)
+
+
+def norm_is_measured(index: int, batches: int) -> bool:
+    """Whether the gradient's norm is measured at this step of an epoch also where nothing is clipped: at
+    NORMS of them, spread evenly, for at every step it would cost a tenth of the training."""
+    count = min(NORMS, batches)
+    return (index + 1) * count // batches > index * count // batches
+
+
+def gradient_metrics(norms: float, clipped: float, batches: int, clips: bool) -> dict[str, float]:
+    """What a report says of an epoch's gradients. norms, clipped: sums over the steps at which they were
+    measured: all where the trial clips, else those of `norm_is_measured`."""
+    if not clips:
+        return {"train/grad_norm": norms / min(NORMS, batches)}
+    return {"train/grad_norm": norms / batches, "train/clipped_share": clipped / batches}
 
 
 def noise_seed(seed: int, epoch: int) -> int:

@@ -58,13 +58,13 @@ class FusedTrainer(LoopTrainer):
                 return
         metrics = stack.measure()
         losses = (stack.sums["loss"] / batches).tolist()
-        norms, clipped = ((stack.sums[name] / batches).tolist() for name in ("grad_norm", "clipped"))
+        norms, clipped = (stack.sums[name].tolist() for name in ("grad_norm", "clipped"))
         stack.store(batch=0)
         seconds = (time.perf_counter() - started) / len(chosen)
         for position, i in enumerate(chosen):
             mine = metrics[position]
-            if stack.clips_P[position]:
-                mine |= {"train/grad_norm": norms[position], "train/clipped_share": clipped[position]}
+            clips = stack.clips_P[position]
+            mine |= base.gradient_metrics(norms[position], clipped[position], batches, clips)
             population.epoch[i] += 1
             if reason := base.diverged(mine, population.epoch[i], losses[position]):
                 self._fail(population, i, result, reason)

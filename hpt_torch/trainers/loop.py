@@ -173,6 +173,7 @@ class LoopTrainer:
         order = self.order.epoch(population.epoch[i])
         size = min(int(member.h["batch_size"]), len(order))
         batches = self.order.batches(size)
+        member.batches = batches
         member.steps_left = (until_epoch - population.epoch[i]) * batches
         factors = member.lr_factors(batches)
         rows = self.data.train.batches(order[: batches * size], size, population.batch[i])
@@ -184,9 +185,9 @@ class LoopTrainer:
                 return
         metrics = member.measure()
         train_loss = float(member.sums["loss"]) / batches
-        if member.clips:
-            metrics["train/grad_norm"] = float(member.sums["grad_norm"]) / batches
-            metrics["train/clipped_share"] = float(member.sums["clipped"]) / batches
+        metrics |= base.gradient_metrics(
+            float(member.sums["grad_norm"]), float(member.sums["clipped"]), batches, member.clips
+        )
         member.store(batch=0)
         population.epoch[i] += 1
         if reason := base.diverged(metrics, population.epoch[i], train_loss):

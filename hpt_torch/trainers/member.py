@@ -45,6 +45,7 @@ class Member:
         self.noisy = stateless_layers(self.model)
         self.noise = base.noise_seed(trainer.seed, population.epoch[i])
         self._cuda = trainer.device.type == "cuda"
+        self.batches = 1  # of the epoch
         self.steps_left = 0  # with these hyperparameters, this epoch's included: whether tracing pays
         self.buffers = dict(self.model.named_buffers())
         self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
@@ -118,6 +119,8 @@ class Member:
             grads, norm, touched = optim.clip(grads, self.h["grad_clip_norm"], self.h["grad_clip_value"])
             self.sums["grad_norm"] += norm
             self.sums["clipped"] += touched
+        elif base.norm_is_measured(index, self.batches):
+            self.sums["grad_norm"] += optim.norm_of(grads)
         lr = self.h["lr"] * lr_factor
         for group, slots, h in zip(self.groups, self.group_slots, self.group_h, strict=True):
             h["lr"] = lr * self.h["head_lr_factor"] if group.head else lr

@@ -87,7 +87,7 @@ class Stack:
         finite = torch.isfinite(self.values_P["grad_clip_norm"]) | torch.isfinite(
             self.values_P["grad_clip_value"]
         )
-        self.clips_P = finite.tolist()
+        self.clips_P, self.clipping_P = finite.tolist(), finite.to(trainer.device)
         dims = [self.params[name].dim() - 1 for name in self.names]
         self.treatments = optim.groups(
             self.names,
@@ -113,6 +113,7 @@ class Stack:
 
     def begin_epoch(self, epoch: int, batches: int) -> None:
         """What is known of every step beforehand: learning rates (P, S) and noise keys (S, A, L + 1)."""
+        self.batches = batches
         columns = {name: t.unsqueeze(1) for name, t in self.values_P.items()}
         factors_PS = lr_schedules.factors(
             str(self.static["schedule"]), epoch, batches, self.trainer.epochs, columns
@@ -153,8 +154,7 @@ class Stack:
         """One optimizer step of every member, on the same batch."""
         losses_P, grads = self._gradients(batch, self.keys_SAL[index])
         self._penalise(grads)
-        if any(self.clips_P):
-            self._clip(grads)
+        self._clip(grads, base.norm_is_measured(index, self.batches))
         self.steps = [steps + 1 for steps in self.steps]
         rows = {name: grads[name].unbind(0) for name in self.names}
         for update in self._updates:
@@ -238,8 +238,13 @@ class Stack:
                         grads[self.names[i]] + _column(self.h[name], param) * factor * slope
                     )
 
-    def _clip(self, grads: dict[str, Tensor]) -> None:
-        """`optim.clip` for every member by itself: its own limits, its own norm."""
+    def _clip(self, grads: dict[str, Tensor], measured: bool) -> None:
+        """`optim.clip` for every member by itself: its own limits, its own norm. measured: the norms of those
+        that do not clip count too."""
+        if not any(self.clips_P):
+            if measured:
+                self.sums["grad_norm"] += _norms(grads)
+            return
         limit_P, value_P = self.h["grad_clip_norm"], self.h["grad_clip_value"]
         norm_P = _norms(grads)
         touched_P = norm_P > limit_P
@@ -255,7 +260,7 @@ class Stack:
         scale_P = torch.where(torch.isfinite(limit_P), (limit_P / (now_P + 1e-6)).clamp(max=1.0), 1.0)
         for name, grad in grads.items():
             grads[name] = grad * _column(scale_P, grad)
-        self.sums["grad_norm"] += norm_P
+        self.sums["grad_norm"] += norm_P if measured else torch.where(self.clipping_P, norm_P, 0)
         self.sums["clipped"] += touched_P
 
     # -- between steps ---------------------------------------------------------------------------------

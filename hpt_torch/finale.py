@@ -7,16 +7,17 @@ other. Else its hold-out figure stands beside the chosen model's; it is never a 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from hpt_torch import checkpoint
 from hpt_torch.recipe import refits
-from hpt_torch.record import Event, Record, StateFile
+from hpt_torch.record import Event, Record, StateFile, state_event
 from hpt_torch.report.confirmation import REFIT, chosen, refitted, weights_of
 from hpt_torch.trainers.base import evaluate
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
-from hpt_torch.types import Trial
+from hpt_torch.types import DamageError, Trial
 
 if TYPE_CHECKING:
     from hpt_torch.tuner import Tuner
@@ -33,16 +34,58 @@ def choose(tuner: Tuner) -> None:
         return
     if refits(tuner.recipe):
         refit(tuner, best)
+    kept, again = weights_of(tuner.record, best), refitted(tuner.record, best)
+    for file in [kept] if kept is again else [kept, again]:
+        if file is not None:
+            _see_whole(tuner, best, file)
     if not tuner.stopped:
         _read_holdout(tuner, best)
+
+
+def _see_whole(tuner: Tuner, trial: Trial, file: StateFile) -> None:
+    """Makes a file of weights again that is damaged: by the same training, to the same bytes. Leaves where a
+    stop is asked for. Raises DamageError where the training cannot be repeated."""
+    path = tuner.dir.checkpoints / file.name
+    try:
+        checkpoint.load(path, file.sha256)
+        return
+    except DamageError as error:
+        if tuner.scheduler is not None:  # its weights have passed through members that are gone
+            raise DamageError(
+                f"{error}; restore it from a backup, or run again with another --run-dir"
+            ) from error
+        tuner.say(f"{error}; training it again")
+    if file.key == REFIT:
+        segment = tuner.segment(_last_training(trial), trial.kept_epoch, anew=True)
+    else:
+        segment = tuner.segment(tuner.planning.chunk_of(trial.number), anew=True)
+    segment, weights = dataclasses.replace(segment, bar=None), None
+    for boundary in tuner.executor.run(iter([segment]), lambda: tuner.stopped):
+        if boundary.best is not None and boundary.best[0] == trial.number:
+            weights = boundary.best[1]
+    if tuner.stopped:
+        return
+    wanted = file.meta.get("weights_sha256", trial.weights_sha256)
+    if weights is None or checkpoint.weights_sha256(weights) != wanted:
+        raise DamageError(
+            f"{path} is damaged, and training trial {trial.number} again gave other weights: the environment "
+            "changed (see environment.json). Restore the file from a backup"
+        )
+    made = tuner.write_state(file.key, file.name, weights, dict(file.meta))
+    if made != state_event(file):  # another version of safetensors
+        tuner.commit(made)
+
+
+def _last_training(trial: Trial) -> Chunk:
+    return Chunk(f"refitting-{trial.number}", (trial.number,), "refit", "the chosen trial")
 
 
 def refit(tuner: Tuner, trial: Trial) -> None:
     """Trains the trial again unless that is done; leaves, with its state saved, where a stop is asked for."""
     if refitted(tuner.record, trial) is not None or _has_failed(tuner.record, trial):
         return
-    chunk = Chunk(f"refitting-{trial.number}", (trial.number,), "refit", "the chosen trial")
-    segment = tuner.segment(chunk, until_epoch=trial.kept_epoch)
+    chunk = _last_training(trial)
+    segment = tuner.segment(chunk, trial.kept_epoch)
     tuner.say(f"training trial {trial.number} on train and valid rows together, {trial.kept_epoch} epochs")
     for boundary in tuner.executor.run(iter([segment]), lambda: tuner.stopped):
         events = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from hpt_torch.hparams import signature
-from hpt_torch.record import Record
+from hpt_torch.record import Event, Record
 from hpt_torch.trainers import costs, planner
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
@@ -77,14 +77,17 @@ class Planning:
     def open_chunks(self) -> list[Chunk]:
         """The planned chunks that still have unfinished trials, in their recorded order."""
         plan = self.record.last("plan")
-        if plan is None:
-            return []
-        chunks = [
-            piece
-            for c in plan.body["chunks"]
-            for piece in self.taken_apart(Chunk(**{**c, "trials": tuple(c["trials"])}))
-        ]
+        chunks = self._planned(plan) if plan is not None else []
         return [c for c in chunks if not all(self.is_done(n, c.fold) for n in c.trials)]
+
+    def chunk_of(self, number: int) -> Chunk:
+        """The chunk in which this trial was trained."""
+        chunks = [chunk for plan in self.record.of_kind("plan") for chunk in self._planned(plan)]
+        return next(chunk for chunk in chunks if number in chunk.trials)
+
+    def _planned(self, plan: Event) -> list[Chunk]:
+        chunks = [Chunk(**{**c, "trials": tuple(c["trials"])}) for c in plan.body["chunks"]]
+        return [piece for chunk in chunks for piece in self.taken_apart(chunk)]
 
     def taken_apart(self, chunk: Chunk) -> list[Chunk]:
         """The chunk; where its trials could not go on together its halves, in their turn: in the end the

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hpt_torch.head import Head
 from hpt_torch.space import freeze, thaw
 from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState, is_int
 
@@ -86,9 +87,11 @@ class Record:
         self.trials: dict[int, Trial] = {}
         self.state_files: dict[str, list[StateFile]] = {}  # newest last
         self._reports: dict[tuple[int, int], tuple[Report, float]] = {}  # with the time of its commit
+        self._head = Head(path)
         self._db = _connect(path, readonly=readonly)
         try:
             self._load()
+            self.lost = max(self._head.read() - len(self.events), 0)  # events that it had, and has no more
             if not readonly:
                 _prepare(self._db, path)
         except sqlite3.DatabaseError as error:
@@ -115,6 +118,7 @@ class Record:
             with contextlib.suppress(sqlite3.OperationalError):
                 self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
+        self._head.close()
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -141,6 +145,8 @@ class Record:
         self.head = head
         for seq, _, _, kind, body, _ in rows:
             self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=now, elapsed=elapsed))
+        with contextlib.suppress(OSError):  # the events are safe; only a later loss would go unnoticed
+            self._head.write(len(self.events))
 
     # -- reading ---------------------------------------------------------------------------------------
 

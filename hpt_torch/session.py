@@ -199,7 +199,9 @@ def run(
             "budget": _budget(checked.recipe),
             **where,
         }
-        earlier = record.last("session")
+        earlier, lost = record.last("session"), record.lost
+        if lost:
+            session["lost_events"] = lost
         record.append(Event(kind="session", body=session))
         directory.write_json(directory.environment, where | {"repository": repository(Path.cwd())})
         directory.write(directory.recipe, checked.recipe.to_toml().encode())
@@ -222,9 +224,7 @@ def run(
                 observers=observers,
                 should_stop=lambda: bool(received),
                 finish=None if only_search else choose,
-                notes=[f"since the last session: {line}" for line in changes(earlier.body, where)]
-                if earlier is not None
-                else [],
+                notes=_notes(earlier, where, lost),
             )
             tuner.run()
         if received:
@@ -245,6 +245,17 @@ def identity(checked: Checked) -> dict[str, Any]:
         "data": checked.task.data().fingerprint(),
         "code": _code(checked.task),
     }
+
+
+def _notes(earlier: Event | None, where: Mapping[str, Any], lost: int) -> list[str]:
+    """What the user should know before the session goes on."""
+    notes = [f"since the last session: {line}" for line in changes(earlier.body, where)] if earlier else []
+    if lost:
+        notes.append(
+            f"the end of the record is lost ({lost} events: the log was cut, or the disk had not kept it); "
+            "the run goes on from an earlier point and repeats what came after it, to the same result"
+        )
+    return notes
 
 
 def _budget(recipe: Recipe) -> dict[str, Any]:

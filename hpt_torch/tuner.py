@@ -218,10 +218,10 @@ class Tuner:
         self.commit(Event(kind="fallback", body={**body, "out_of_memory": boundary.out_of_memory}))
         self.say(f"trials {list(chunk.trials)} failed together and are trained again in halves")
 
-    def segment(self, chunk: Chunk, until_epoch: int | None = None) -> Segment:
-        """The chunk to its end (default: the recipe's epochs), from its newest good state."""
-        state = None
-        for file in reversed(self.record.state_files.get(chunk.key, [])[-KEEP_STATES:]):
+    def segment(self, chunk: Chunk, until_epoch: int | None = None, *, anew: bool = False) -> Segment:
+        """The chunk to its end (default: the recipe's epochs), from its newest good state unless `anew`."""
+        state, files = None, [] if anew else self.record.state_files.get(chunk.key, [])
+        for file in reversed(files[-KEEP_STATES:]):
             try:
                 state = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
                 break

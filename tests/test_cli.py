@@ -55,8 +55,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_run_leaves_everything_where_it_says(finished: Path) -> None:
     run = finished / "runs" / "small"
-    names = "best checkpoints environment.json recipe.toml report.html run.db run.lock tensorboard trials.csv"
-    assert sorted(p.name for p in run.iterdir()) == names.split()
+    names = "best checkpoints environment.json recipe.toml report.html run.db run.head run.lock"
+    assert sorted(p.name for p in run.iterdir()) == [*names.split(), "tensorboard", "trials.csv"]
     rows = list(csv.DictReader((run / "trials.csv").read_text().splitlines()))
     assert [row["state"] for row in rows] == ["COMPLETE"] * 3
     best = tomllib.loads((run / "best" / "hparams.toml").read_text())

@@ -14,6 +14,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -186,6 +187,15 @@ def spread(length: int, count: int) -> list[int]:
     return sorted({round(i * (length - 1) / (count - 1)) for i in range(count)})
 
 
+def events_in(path: Path) -> int:
+    """How many events this run's record still holds, seen in a copy of it: reading changes its index."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("run.db", "run.db-wal"):
+            shutil.copy(path / name, folder)
+        with Record(Path(folder, "run.db")) as record:
+            return len(record.events)
+
+
 def goes_on(recipe: Path, path: Path) -> tuple[int, str]:
     return Hpt(*run_of(recipe, path, "executor=inline")).wait()
 
@@ -231,7 +241,7 @@ def test_a_damaged_record(tmp_path: Path, killed: tuple[Path, Path, str]) -> Non
     Record(closed / "run.db").close()  # what was in the log is now in the database
     whole = (closed / "run.db").read_bytes()
     assert not (closed / "run.db-wal").exists()
-    cases = [(path, "run.db-wal", log[:length]) for length in (0, *spread(len(log), 12))]
+    cases = [(path, "run.db-wal", log[:length]) for length in (0, *spread(len(log), 12), len(log))]
     cases += [(path, "run.db-wal", flipped(log, at)) for at in spread(len(log), 12)]
     cases += [(closed, "run.db", flipped(whole, at)) for at in spread(len(whole), 16)]
     cases += [(closed, "run.db", whole[:length]) for length in (0, *spread(len(whole), 6)[:-1])]
@@ -241,7 +251,12 @@ def test_a_damaged_record(tmp_path: Path, killed: tuple[Path, Path, str]) -> Non
         shutil.copytree(source, copy)
         (copy / name).write_bytes(data)
         (copy / "run.db-shm").unlink(missing_ok=True)  # an index of the log, which went with the power
+        had, has = int((copy / "run.head").read_text()), events_in(copy) if source is path else -1
         status, said = goes_on(recipe, copy)
+        if status == 0 and has >= 0:
+            announced = re.search(r"the end of the record is lost \((\d+) events", said)
+            assert had - has == (int(announced[1]) if announced else 0), said
+            ends["announced", "yes" if announced else "no"] += 1
         if status == 0:
             assert canonical_of(copy) == expected, (number, name)
             ends[name, "went on"] += 1
@@ -252,6 +267,8 @@ def test_a_damaged_record(tmp_path: Path, killed: tuple[Path, Path, str]) -> Non
         ends[name, "refused"] += 1
     assert ends["run.db-wal", "refused"] == 0  # SQLite knows where its log is whole
     assert ends["run.db", "refused"] >= 15, ends
+    assert ends["announced", "yes"] >= 10, ends
+    assert ends["announced", "no"] >= 1, ends
 
 
 def test_a_kill_while_the_record_is_made_a_wal_one(tmp_path: Path, run_quick: RunQuick) -> None:

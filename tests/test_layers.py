@@ -28,7 +28,7 @@ class Rule:
 
 DECISIONS = (
     "types", "seeding", "hparams", "space", "recipe", "recipe_sections", "recipe_checks", "overrides",
-    "samplers", "schedulers", "record", "report", "points", "evidence", "refine",
+    "samplers", "schedulers", "record", "head", "report", "points", "evidence", "refine",
 )  # fmt: skip
 TENSORS = (
     "task", "tasks", "models", "data", "optim", "lr_schedules", "metrics", "population", "trainers",
@@ -73,7 +73,7 @@ WRITES = (
 )  # fmt: skip
 WRITE_METHODS = ("write_text", "write_bytes", "mkdir", "unlink", "touch", "rmdir", "savefig", "save_file")
 WRITERS = (
-    "record", "checkpoint",  # the truth of a run
+    "record", "head", "checkpoint",  # the truth of a run
     "report.export", "rundir", "room", "session", "observers",  # what is derived from it, and where it lies
     "result", "commands",  # where the user says: Result.to_csv(path), hpt compare --html, hpt refine --out
     "data.cache", "data.image_sources",  # downloaded data sets: no part of a run

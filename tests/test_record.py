@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sqlite3
 from pathlib import Path
@@ -59,7 +60,25 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:
 def test_a_closed_record_is_one_file(tmp_path: Path) -> None:
     _fill(tmp_path / "run.db").close()
     Record(tmp_path / "run.db", readonly=True).close()
-    assert [p.name for p in tmp_path.iterdir()] == ["run.db"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.db", "run.head"]
+
+
+def test_a_lost_end_is_noticed(tmp_path: Path) -> None:
+    path, head = tmp_path / "run.db", tmp_path / "run.head"
+    _fill(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("DELETE FROM events WHERE seq > 5")
+    for readonly in (True, False):
+        with Record(path, readonly=readonly) as record:
+            assert (len(record.events), record.lost) == (5, 3)
+    with Record(path) as record:
+        record.append(pause_event([1]))
+    for said in (None, b"", b"damaged", b"9" * 9, head.read_bytes()):
+        head.unlink(missing_ok=True)
+        if said is not None:
+            head.write_bytes(said)
+        with Record(path) as record:
+            assert (len(record.events), record.lost) == (6, 0)
 
 
 @pytest.mark.parametrize("column", ["at", "elapsed", "kind", "body", "hash"])

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,6 +127,11 @@ class ProcessExecutor:
                 self._workers[position].process.kill()
                 self._replace(position)
                 yield _gave_up(running.pop(position), f"no epoch was done within {self.patience:g} s")
+            if self._stop.value:  # a halted worker (SIGSTOP) cannot stop; what it holds is trained again
+                for position in [p for p in running if _is_halted(self._workers[p].process.pid)]:
+                    self._workers[position].process.kill()
+                    self._replace(position)
+                    del running[position]
 
     def _is_stuck(self, restart: _Restart) -> bool:
         return self.patience is not None and time.monotonic() - restart.heard > self.patience
@@ -165,6 +171,10 @@ class ProcessExecutor:
         del self._workers[position]
         self._workers.insert(position, self._fork())
         return how
+
+
+def _is_halted(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 def _send(connection: Connection, message: Segment | Boundary | str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -25,9 +26,9 @@ RunQuick = Callable[..., str]
 FUSED = ("trainer.engine=fused", "search.trials=6", "search.round_size=6", "batch_size=64")
 
 
-def children() -> list[int]:
-    """The process ids of this process's children that run."""
-    mine = f"/proc/self/task/{threading.get_native_id()}/children"
+def children(thread: int | None = None) -> list[int]:
+    """The process ids of the children that run of this thread, or of another one."""
+    mine = f"/proc/self/task/{thread or threading.get_native_id()}/children"
     return [int(pid) for pid in Path(mine).read_text().split()]
 
 
@@ -108,6 +109,70 @@ def test_a_stop_saves_and_the_next_session_goes_on_to_the_same_end(
         assert record.of_kind("state")
         assert any(not trial.state.is_finished for trial in record.trials.values())
     assert run_quick(tmp_path / "stopped", *settings) == expected
+
+
+class _Greedy(Classification):
+    """Its loss wants more memory than there is, for a model with tanh."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+        if hparams["activation"] == "tanh":
+            limits = resource.getrlimit(resource.RLIMIT_AS)
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, limits[1]))
+            try:
+                bytearray(2**30)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+        return super().loss(model, batch, hparams)
+
+
+@pytest.mark.parametrize("engine", ["loop", "fused"])
+def test_a_trial_that_runs_out_of_memory_ends_alone(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification, engine: str
+) -> None:
+    task = _Greedy(MLP, digits_task.data())
+    settings = (*FUSED, f"trainer.engine={engine}", "executor=processes", "run.workers=2")
+    got = json.loads(run_quick(tmp_path / "run", *settings, task=task))
+    calm = json.loads(run_quick(tmp_path / "calm", *settings))
+    activations = [trial["hparams"]["activation"] for trial in got["trials"]]
+    assert sorted(set(activations)) == ["relu", "tanh"]
+    for trial, other, activation in zip(got["trials"], calm["trials"], activations, strict=True):
+        if activation == "tanh":
+            assert trial["state"] == "FAILED"
+        else:
+            assert trial == other
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        failed = [trial for trial in record.in_order() if trial.state is TrialState.FAILED]
+        assert all(trial.reason.endswith("MemoryError\n") for trial in failed)
+
+
+def test_a_halted_worker_does_not_hold_up_a_stop(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    """A worker under SIGSTOP hears nothing: it is given up, and its work is done in the next session."""
+    settings = (*FUSED, "trainer.epochs=60", "executor=processes", "run.workers=2")
+    expected = run_quick(tmp_path / "whole", *settings)
+    main, path = threading.get_native_id(), tmp_path / "run" / "run.db"
+
+    def reports() -> int:
+        if not path.exists():
+            return 0
+        with Record(path, readonly=True) as record:
+            return len(record.of_kind("report"))
+
+    def halt_and_stop() -> None:
+        while not reports():
+            time.sleep(0.02)
+        os.kill(children(main)[0], signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=halt_and_stop)
+    thread.start()
+    with pytest.raises(Interrupted):
+        run_quick(tmp_path / "run", *settings)
+    thread.join()
+    assert children() == []
+    assert run_quick(tmp_path / "run", *settings) == expected
 
 
 class _Slow(Classification):

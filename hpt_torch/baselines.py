@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hpt_torch import session
 from hpt_torch.observers import Observer
 from hpt_torch.recipe import Recipe, planned_trials
 from hpt_torch.recipe_sections import SchedulerSection
+from hpt_torch.record import Record
 from hpt_torch.report.population import BASELINES
 from hpt_torch.session import Checked
+from hpt_torch.trainers import costs
 
 
 def run(
@@ -35,7 +38,15 @@ def run(
             observers=observers,
             accept_changed_code=accept_changed_code,
             reopen_holdout=reopen_holdout,
+            costs=_costs_of(path) if name else None,
         )
+
+
+def _costs_of(path: Path) -> dict[str, Any]:
+    """What the run plans with: its baselines do, too, though the cost table has changed since it began."""
+    with Record(path / "run.db", readonly=True) as record:
+        begun = record.of_kind("run")[0].body
+    return costs.recorded(begun, begun["device"])
 
 
 def baselines_of(recipe: Recipe) -> dict[str, Recipe]:

@@ -81,7 +81,7 @@ def _train(tuner: Tuner, top: list[Trial], i: int) -> list[float | None]:
     folder = tuner.dir.path / FOLDER / f"{names}-seed-{i}"
     checked = session.check(recipes.build(raw, source=source), tuner.task, source=source)
     try:
-        session.run(checked, folder, only_search=True)
+        session.run(checked, folder, only_search=True, costs=tuner.planning.costs)
     except Interrupted as stop:
         raise Interrupted(stop.signal, f"stopped; everything is saved in {tuner.dir.path}") from None
     with Record(folder / "run.db", readonly=True) as record:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hpt_torch import __version__, engines
+from hpt_torch import __version__, calibration, engines
 from hpt_torch import recipe as recipes
 from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
@@ -165,23 +165,22 @@ def run(
     accept_changed_code: bool = False,
     reopen_holdout: bool = False,
     only_search: bool = False,
+    costs: Mapping[str, Any] | None = None,
 ) -> None:
     """Runs or continues the run at `path`. Raises Interrupted after a graceful stop.
 
-    only_search: nothing is chosen at the end, and no hold-out row is read.
+    only_search: nothing is chosen at the end, and no hold-out row is read. costs: what a new run plans with,
+    as the run that it is a part of has it recorded; default: this machine's cost table.
     """
     directory = RunDir(path)
     directory.check_usable()
     check_free(path)
     wanted = identity(checked)
-    if directory.record.exists():
-        _check_continues(directory, wanted, checked, accept_changed_code, reopen_holdout)
+    goes_on = _check_continues(directory, wanted, checked, accept_changed_code, reopen_holdout)
+    first = None if goes_on else _first_event(checked, wanted, costs)
     with directory, Record(directory.record) as record:
-        if record.last("run") is None:
-            device, threads = _device(checked.recipe.trainer.device), checked.recipe.trainer.threads
-            forks = engines.forks(checked.recipe, device)
-            started = {"device": device.type, "threads": threads or (1 if forks else torch.get_num_threads())}
-            record.append(Event(kind="run", body={**wanted, **started}))
+        if first is not None and record.last("run") is None:
+            record.append(first)
         begun = record.of_kind("run")[0].body
         torch.set_num_threads(begun["threads"])
         device = _resume_device(checked.recipe.trainer.device, begun["device"], path)
@@ -247,6 +246,17 @@ def identity(checked: Checked) -> dict[str, Any]:
     }
 
 
+def _first_event(checked: Checked, wanted: Mapping[str, Any], costs: Mapping[str, Any] | None) -> Event:
+    """What a new run is, and what it keeps to its end though the machine or the cost table changes."""
+    device, threads = _device(checked.recipe.trainer.device), checked.recipe.trainer.threads
+    kept = {
+        "device": device.type,
+        "threads": threads or (1 if engines.forks(checked.recipe, device) else torch.get_num_threads()),
+        "costs": costs or calibration.present().as_recorded(device.type),
+    }
+    return Event(kind="run", body={**wanted, **kept})
+
+
 def _notes(earlier: Event | None, where: Mapping[str, Any], lost: int) -> list[str]:
     """What the user should know before the session goes on."""
     notes = [f"since the last session: {line}" for line in changes(earlier.body, where)] if earlier else []
@@ -280,11 +290,14 @@ def _code(task: Task) -> dict[str, str]:
 
 def _check_continues(
     directory: RunDir, wanted: Mapping[str, Any], checked: Checked, accept_code: bool, reopen: bool
-) -> None:
+) -> bool:
+    """Whether there is a run to continue. Raises RunMismatchError where it cannot be continued so."""
+    if not directory.record.exists():
+        return False
     with Record(directory.record, readonly=True) as record:
         begun = record.last("run")
         if begun is None:
-            return
+            return False
         old = begun.body
         lines = recipes.differences(old["recipe"], wanted["recipe"])
         if old["data"] != wanted["data"]:
@@ -310,6 +323,7 @@ def _check_continues(
                 "them again makes that figure less honest: --reopen-holdout (reopen_holdout=True) does so, "
                 "and the report counts the readings"
             )
+    return True
 
 
 def _has_more_work(record: Record, recipe: Recipe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from hpt_torch.record import Record
 from hpt_torch.report import canonical, summarise
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests have a cache of their own: a cost table of this machine would change which engine trains."""
+    assert config.cache is not None
+    os.environ["HPT_TORCH_CACHE"] = str(config.cache.mkdir("hpt_torch"))
 
 
 @pytest.fixture(scope="session")

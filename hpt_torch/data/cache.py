@@ -17,9 +17,17 @@ _log = logging.getLogger(__name__)
 
 
 def directory() -> Path:
-    """The folder that the environment variable HPT_TORCH_CACHE names, else ~/.cache/hpt_torch."""
-    named = os.environ.get("HPT_TORCH_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "hpt_torch"
+    """The folder that HPT_TORCH_CACHE names, else hpt_torch in XDG_CACHE_HOME or ~/.cache."""
+    named, caches = os.environ.get("HPT_TORCH_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    if named:
+        return Path(named).expanduser()
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "hpt_torch"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
 
 
 def cached(name: str, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -61,9 +69,8 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     data = save(tensors)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # a crash between the two leaves a file that does not fit its hash, which is rebuilt
-        write_atomic(path, data)
-        write_atomic(_sidecar(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode("ascii"))
+        write(path, data)
+        write(_sidecar(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode("ascii"))
     except OSError as error:
         _log.warning("%s cannot be written (%s); the data set is made again next time", path, error.strerror)

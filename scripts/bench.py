@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_durability
 import bench_pbt
 import bench_quality
 import bench_scaling
@@ -210,6 +211,7 @@ def throughput(
 for _command in (
     *(bench_search.grid, bench_search.fashion, bench_scaling.scaling),
     *(bench_pbt.pbt, bench_pbt.decisions, bench_quality.quality, bench_torture.torture),
+    bench_durability.durability,
 ):
     app.command()(_command)
 

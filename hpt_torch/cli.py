@@ -1,4 +1,4 @@
-"""The command line: hpt run | validate | report | compare | refine | replay | list | dashboard."""
+"""The command line: hpt run | validate | report | compare | refine | replay | list | dashboard | doctor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hpt_torch import __version__, cli_help, commands, dashboard
+from hpt_torch import __version__, cli_help, commands, dashboard, doctor
 from hpt_torch.types import HptError, Interrupted, printable
 
 if TYPE_CHECKING:
@@ -355,6 +355,7 @@ def _options(
 
 
 app.command()(dashboard.dashboard)
+app.command()(doctor.doctor)
 cli_help.add_examples(app)
 
 

@@ -27,6 +27,11 @@ EXAMPLES = {
     "compare": ("hpt compare runs/digits_mlp_tpe runs/digits_mlp_pbt",),
     "refine": ("hpt refine runs/digits_mlp_tpe",),
     "dashboard": ("hpt dashboard runs/digits_mlp_tpe --open",),
+    "doctor": (
+        "hpt doctor",
+        "hpt doctor --json | jq .problems",
+        "hpt doctor --calibrate",
+    ),
     "list": ("hpt list", "hpt list --runs elsewhere/runs"),
 }
 _FIRST = ("hpt list", "hpt run digits_mlp_tpe", "hpt report runs/digits_mlp_tpe --open")

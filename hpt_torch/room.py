@@ -19,13 +19,22 @@ _MEASURED_EVERY_SECONDS = 10.0
 
 def check_free(path: Path) -> None:
     """Raises RunError where the disk of this path, which need not exist yet, is as good as full."""
-    place = next(parent for parent in (path, *path.resolve().parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(path)
     if free < FREE_BYTES:
         raise RunError(
             f"{path} needs {show_bytes(FREE_BYTES)} of free disk to begin with, and there are "
             f"{show_bytes(free)}; make room (hpt clean shows what of a run can go), or name another --run-dir"
         )
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk on which this path lies, or would lie."""
+    return shutil.disk_usage(standing(path)).free
+
+
+def standing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(parent for parent in (path, *path.resolve().parents) if parent.is_dir())
 
 
 def used(path: Path) -> int:

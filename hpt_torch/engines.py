@@ -1,12 +1,15 @@
-"""What a session trains with: its data on the device, the trainers, and the executor that runs them."""
+"""What a session trains with: a device, the data on it, the trainers, and the executor that runs them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from hpt_torch import recipe as recipes
+from hpt_torch.crash import CrashLog
 from hpt_torch.data import Data, Rows
 from hpt_torch.data.folds import folds, pooled
 from hpt_torch.data.stream import fitted
@@ -18,9 +21,37 @@ from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
-from hpt_torch.types import Objective
+from hpt_torch.types import Objective, RunMismatchError
 
 ENGINES: Mapping[str, type[LoopTrainer]] = {"loop": LoopTrainer, "fused": FusedTrainer}
+
+
+def device_named(name: str) -> torch.device:
+    """The device of `trainer.device`; auto is CUDA where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def resume_device(name: str, begun: str, path: Path) -> torch.device:
+    """The device of this session: of the kind on which the run began, for other kinds round differently."""
+    device = torch.device("cpu") if name == "auto" and begun == "cpu" else device_named(name)
+    if device.type != begun:
+        raise RunMismatchError(
+            f"{path} began on {begun}, and this machine would continue it on {device.type}, where results "
+            "are not the same bit for bit; continue it there, or use another --run-dir"
+        )
+    return device
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Chooses kernels that repeat bit for bit. On the CPU all that we use do; CUDA has to be asked."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def data_on(data: Data, recipe: Recipe, device: torch.device) -> Data:
@@ -85,6 +116,7 @@ def executor(
     data: Data,
     device: torch.device,
     made: Mapping[str, LoopTrainer],
+    crash: CrashLog,
 ) -> InlineExecutor | ProcessExecutor:
     settings = recipe.trainer
     training = Training(
@@ -96,7 +128,7 @@ def executor(
     )
     whole = isinstance(data.train, Rows) and isinstance(data.valid, Rows)  # a stream has processes of its own
     if not forks(recipe, device) or not whole or device.type != "cpu":
-        return InlineExecutor(training)
+        return InlineExecutor(training, crash)
     started = ProcessExecutor(
         training, recipe.run.workers or processes.cores(), patience_seconds=recipe.run.epoch_timeout
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from hpt_torch.crash import CrashLog
 from hpt_torch.hparams import signature
 from hpt_torch.record import Event, Record
 from hpt_torch.trainers import costs, planner
@@ -23,10 +24,11 @@ class Planning:
         engine: str,
         *,
         say: Callable[[str], None],
+        crash: CrashLog,
         folds: int = 0,
     ) -> None:
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
-        self.engine, self.say, self.folds = engine, say, folds
+        self.engine, self.say, self.crash, self.folds = engine, say, crash, folds
         begun = record.last("run")
         self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
         self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
@@ -55,13 +57,16 @@ class Planning:
 
     def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
         """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
-        if signed not in self._reasons:
+        if signed not in self._reasons and self.crash.note(f"mapping {signed}"):
+            self._reasons[signed] = "it crashed the process"
+        elif signed not in self._reasons:
             fused = self.trainers["fused"]
             assert isinstance(fused, FusedTrainer)
             try:
                 self._reasons[signed] = fused.why_not(fused.init(trials, hparams))
             except Exception as error:
                 self._reasons[signed] = f"its model cannot be built ({error})"
+            self.crash.note("")
         return self._reasons[signed]
 
     def tell(self, chunks: Sequence[Chunk]) -> None:

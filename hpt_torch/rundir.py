@@ -23,8 +23,10 @@ from hpt_torch.types import DamageError, RunError, RunLockedError, writing
 
 _PACKAGES = ("torch", "torchvision", "optuna", "numpy", "scikit-learn", "scipy", "safetensors", "tensorboard")
 _MOST_OF_A_DIFF = 200_000  # characters
-_FILES = {"run.db", "run.db-wal", "run.db-shm", "run.db-journal", "run.head", "run.lock", "owner.json",
-          "recipe.toml", "environment.json", "trials.csv", "report.html"}  # fmt: skip
+_FILES = {
+    "run.db", "run.db-wal", "run.db-shm", "run.db-journal", "run.head", "run.lock", "crash.log", "owner.json",
+    "recipe.toml", "environment.json", "trials.csv", "report.html",
+}  # fmt: skip
 _FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines", "confirmations"}
 
 

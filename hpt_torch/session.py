@@ -22,6 +22,7 @@ import torch
 
 from hpt_torch import __version__, calibration, engines
 from hpt_torch import recipe as recipes
+from hpt_torch.crash import CrashLog
 from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
 from hpt_torch.executors import processes
@@ -85,11 +86,13 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
         problems.append(
             Problem("trainer.device", "is mps, but this machine has no Apple GPU; use auto or cpu")
         )
-    if recipe.executor == "processes" and not (processes.supported() and _device(device).type == "cpu"):
+    if recipe.executor == "processes" and not (
+        processes.supported() and engines.device_named(device).type == "cpu"
+    ):
         problems.append(
             Problem("executor", "processes are forked, which needs Linux and device cpu; use auto or inline")
         )
-    if recipe.run.epoch_timeout is not None and not engines.forks(recipe, _device(device)):
+    if recipe.run.epoch_timeout is not None and not engines.forks(recipe, engines.device_named(device)):
         rule = "needs worker processes, which can be stopped from outside"
         problems.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
     if device == "mps" and recipe.trainer.dtype == "float64":
@@ -183,9 +186,9 @@ def run(
             record.append(first)
         begun = record.of_kind("run")[0].body
         torch.set_num_threads(begun["threads"])
-        device = _resume_device(checked.recipe.trainer.device, begun["device"], path)
+        device = engines.resume_device(checked.recipe.trainer.device, begun["device"], path)
         if checked.recipe.trainer.deterministic:
-            _deterministic(device)
+            engines.make_deterministic(device)
         if checked.recipe.trainer.tf32:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}
@@ -205,10 +208,12 @@ def run(
         directory.write_json(directory.environment, where | {"repository": repository(Path.cwd())})
         directory.write(directory.recipe, checked.recipe.to_toml().encode())
         trainers = engines.trainers(checked.task, checked.recipe, checked.objective, data, device)
-        executor = engines.executor(checked.recipe, checked.objective, data, device, trainers)
+        crash = CrashLog(path)
+        executor = engines.executor(checked.recipe, checked.objective, data, device, trainers, crash)
         with (
             contextlib.closing(executor),
             contextlib.closing(trainers["loop"]),
+            crash.watching(),
             _stop_signals(observers) as received,
         ):
             tuner = Tuner(
@@ -220,6 +225,7 @@ def run(
                 record=record,
                 trainers=trainers,
                 executor=executor,
+                crash=crash,
                 observers=observers,
                 should_stop=lambda: bool(received),
                 finish=None if only_search else choose,
@@ -248,7 +254,7 @@ def identity(checked: Checked) -> dict[str, Any]:
 
 def _first_event(checked: Checked, wanted: Mapping[str, Any], costs: Mapping[str, Any] | None) -> Event:
     """What a new run is, and what it keeps to its end though the machine or the cost table changes."""
-    device, threads = _device(checked.recipe.trainer.device), checked.recipe.trainer.threads
+    device, threads = engines.device_named(checked.recipe.trainer.device), checked.recipe.trainer.threads
     kept = {
         "device": device.type,
         "threads": threads or (1 if engines.forks(checked.recipe, device) else torch.get_num_threads()),
@@ -337,34 +343,7 @@ def _has_more_work(record: Record, recipe: Recipe) -> bool:
     return unfinished or total is None or len(record.trials) < total
 
 
-# -- the machine ---------------------------------------------------------------------------------------
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
-def _resume_device(name: str, begun: str, path: Path) -> torch.device:
-    """The device of this session: of the kind on which the run began, for other kinds round differently."""
-    device = torch.device("cpu") if name == "auto" and begun == "cpu" else _device(name)
-    if device.type != begun:
-        raise RunMismatchError(
-            f"{path} began on {begun}, and this machine would continue it on {device.type}, where results "
-            "are not the same bit for bit; continue it there, or use another --run-dir"
-        )
-    return device
-
-
-def _deterministic(device: torch.device) -> None:
-    """Kernels that repeat bit for bit. On the CPU all that we use do; CUDA has to be asked."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+# -- signals and places -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint, crossval, samplers
+from hpt_torch.crash import CrashLog
 from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.executors.segment import State
@@ -68,6 +69,7 @@ class Tuner:
         record: Record,
         trainers: Mapping[str, LoopTrainer],
         executor: Executor,
+        crash: CrashLog,
         observers: Sequence[Observer] = (),
         should_stop: Callable[[], bool] = lambda: False,
         finish: Callable[[Tuner], None] | None = None,
@@ -88,7 +90,9 @@ class Tuner:
         self.total = planned_trials(recipe)
         folding = folding_of(recipe)
         self.folds = folding.count if folding is not None else 0
-        self.planning = Planning(record, trainers, recipe.trainer.engine, say=self.say, folds=self.folds)
+        self.planning = Planning(
+            record, trainers, recipe.trainer.engine, say=self.say, crash=crash, folds=self.folds
+        )
         self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         if self.scheduler is not None and self.total is not None:

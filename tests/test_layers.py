@@ -74,6 +74,7 @@ WRITES = (
 WRITE_METHODS = ("write_text", "write_bytes", "mkdir", "unlink", "touch", "rmdir", "savefig", "save_file")
 WRITERS = (
     "record", "head", "checkpoint",  # the truth of a run
+    "crash",
     "report.export", "rundir", "room", "session", "observers",  # what is derived from it, and where it lies
     "result", "commands",  # where the user says: Result.to_csv(path), hpt compare --html, hpt refine --out
     "data.cache", "data.image_sources",  # downloaded data sets: no part of a run

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -25,8 +26,9 @@ from typing import Any
 
 import torch
 
-from hpt_torch.executors.segment import Boundary, Segment, Training
-from hpt_torch.types import RunError, TrialState
+from hpt_torch.crash import MOST, stack_in
+from hpt_torch.executors.segment import Boundary, Segment, Training, gave_up
+from hpt_torch.types import RunError
 
 DEATHS = 3  # of workers with the same segment, before the segment counts as the cause
 _POLL_SECONDS = 0.1
@@ -47,7 +49,7 @@ def cores() -> int:
 class _Worker:
     process: Any
     connection: Connection
-    segment: Segment | None = None  # None: it waits
+    crash: int  # a file in memory, for the stack of a segfault
 
 
 @dataclass
@@ -109,12 +111,12 @@ class ProcessExecutor:
                     message = _receive(self._workers[position].connection)
                 except (EOFError, OSError):
                     del running[position]
-                    how = self._replace(position)
+                    how, stack = self._replace(position)
                     restart.deaths += 1
                     if restart.deaths < DEATHS:
                         again.append(restart)
                     else:
-                        yield _gave_up(restart, f"the worker process {how}, {DEATHS} times")
+                        yield gave_up(restart.segment, f"the worker process {how}, {DEATHS} times{stack}")
                     continue
                 if isinstance(message, str):
                     raise RunError(f"a worker failed in hpt_torch itself:\n{message}")
@@ -126,7 +128,7 @@ class ProcessExecutor:
             for position in [p for p in running if self._is_stuck(running[p])]:
                 self._workers[position].process.kill()
                 self._replace(position)
-                yield _gave_up(running.pop(position), f"no epoch was done within {self.patience:g} s")
+                yield gave_up(running.pop(position).segment, f"no epoch was done within {self.patience:g} s")
             if self._stop.value:  # a halted worker (SIGSTOP) cannot stop; what it holds is trained again
                 for position in [p for p in running if _is_halted(self._workers[p].process.pid)]:
                     self._workers[position].process.kill()
@@ -141,6 +143,7 @@ class ProcessExecutor:
             worker.connection.close()
             worker.process.kill()
             worker.process.join()
+            os.close(worker.crash)
         self._workers.clear()
 
     def _note(self, restart: _Restart, boundary: Boundary) -> None:
@@ -152,25 +155,28 @@ class ProcessExecutor:
     def _fork(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         others = [ours, *(worker.connection for worker in self._workers)]
-        arguments = (theirs, others, self.training, self._stop, torch.get_num_threads(), os.getpid())
+        crash = os.memfd_create("hpt_torch crash")
+        arguments = (theirs, others, self.training, self._stop, torch.get_num_threads(), os.getpid(), crash)
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
         with warnings.catch_warnings():
             # Python warns of forks beside threads: the child touches none of what they might hold.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, crash)
 
-    def _replace(self, position: int) -> str:
-        """Puts a new worker in the place of a dead one. Returns how the old one died."""
+    def _replace(self, position: int) -> tuple[str, str]:
+        """Puts a new worker in the place of a dead one. Returns how the old one died and, if known, where."""
         old = self._workers[position]
         old.connection.close()
         old.process.join()
+        stack = stack_in(os.pread(old.crash, MOST, 0).decode(errors="replace"))
+        os.close(old.crash)
         code = old.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         del self._workers[position]
         self._workers.insert(position, self._fork())
-        return how
+        return how, f":\n{stack}" if stack else ""
 
 
 def _is_halted(pid: int) -> bool:
@@ -186,15 +192,6 @@ def _receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-def _gave_up(restart: _Restart, reason: str) -> Boundary:
-    """A segment that no worker can do: its members are to be tried alone, or the one that is alone ends."""
-    segment = restart.segment
-    if len(segment.trials) > 1:
-        return Boundary(key=segment.key, broken=reason, over=True)
-    ended = {segment.trials[0]: (TrialState.FAILED, reason)}
-    return Boundary(key=segment.key, ended_badly=ended, over=True)
-
-
 def _serve(
     connection: Connection,
     others: list[Connection],
@@ -202,6 +199,7 @@ def _serve(
     stop: Any,
     threads: int,
     parent: int,
+    crash: int,
 ) -> None:
     """A worker's life: segments in, boundaries out, until the other end closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -211,6 +209,7 @@ def _serve(
         os._exit(1)  # it died before we asked to be told
     for other in others:
         other.close()
+    faulthandler.enable(crash, all_threads=False)
     torch.set_num_threads(threads)
     try:
         while True:

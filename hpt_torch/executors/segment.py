@@ -180,6 +180,15 @@ class Training:
         return epoch >= self.epochs or (self.patience is not None and waited >= self.patience)
 
 
+def gave_up(segment: Segment, reason: str) -> Boundary:
+    """Of a segment that cannot be trained: its members are to be tried in halves, or the one that is alone
+    ends."""
+    if len(segment.trials) > 1:
+        return Boundary(key=segment.key, broken=reason, over=True)
+    ended = {segment.trials[0]: (TrialState.FAILED, reason)}
+    return Boundary(key=segment.key, ended_badly=ended, over=True)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller group may fit. (On the CPU torch raises a RuntimeError of its allocator.)"""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

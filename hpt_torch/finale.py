@@ -15,6 +15,7 @@ from hpt_torch.recipe import refits
 from hpt_torch.record import Event, Record, StateFile, state_event
 from hpt_torch.report.confirmation import REFIT, chosen, refitted, weights_of
 from hpt_torch.trainers.base import evaluate
+from hpt_torch.trainers.bootstrap import intervals
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import DamageError, Trial
@@ -116,16 +117,21 @@ def _read_holdout(tuner: Tuner, best: Trial) -> None:
     if read is not None and read.body.items() >= of.items():
         return
     trainer = tuner.trainers[REFIT] if file is again else tuner.trainer
-    body: dict[str, Any] = {**of, "metrics": _held_out(tuner, trainer, best, file)}
+    metrics, interval = _held_out(tuner, trainer, best, file)
+    body: dict[str, Any] = {**of, "metrics": metrics, "interval": interval}
     if again is not None and again is not file:
-        body["refit"] = _held_out(tuner, tuner.trainers[REFIT], best, again)
+        body["refit"], _ = _held_out(tuner, tuner.trainers[REFIT], best, again)
     tuner.commit(Event(kind="holdout", body={**body, "rows": len(data.holdout)}))
 
 
-def _held_out(tuner: Tuner, trainer: LoopTrainer, trial: Trial, file: StateFile) -> dict[str, float]:
-    """The metrics of these weights on the hold-out rows."""
-    assert trainer.data.holdout is not None
+def _held_out(
+    tuner: Tuner, trainer: LoopTrainer, trial: Trial, file: StateFile
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """The metrics of these weights on the hold-out rows, and their bootstrap intervals."""
+    rows = trainer.data.holdout
+    assert rows is not None
     weights, _ = checkpoint.load(tuner.dir.checkpoints / file.name, file.sha256)
     model = trainer.load(tuner.hparams_of(trial), trial.number, weights)
-    found = evaluate(tuner.task, model, trainer.data.holdout)
-    return {f"holdout/{name}": value for name, value in found.items()}
+    found = evaluate(tuner.task, model, rows).items()
+    bounds = intervals(tuner.task, model, rows, tuner.recipe.seed).items()
+    return {f"holdout/{name}": v for name, v in found}, {f"holdout/{name}": v for name, v in bounds}

@@ -65,6 +65,11 @@ class Result:
         return dict(self.summary.holdout)
 
     @property
+    def holdout_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the objective's hold-out figure, for rows that are independent of each other."""
+        return self.summary.holdout_bounds
+
+    @property
     def study(self) -> Any:
         """The trials as an in-memory Optuna study, for optuna.visualization and optuna.importance."""
         return make_study(self.summary.space, self.trials, self.objective)

@@ -46,7 +46,9 @@ def result_card(summary: Summary, path: Path) -> str:
     held = summary.holdout.get("holdout/" + metric.removeprefix("valid/"))
     figures = [(metric, "–" if score is None else number(score))]
     if held is not None:
-        figures.append((f"hold-out, {summary.holdout_rows} rows", number(held)))
+        bounds = summary.holdout_bounds
+        within = f" ({number(bounds[0])} to {number(bounds[1])})" if bounds is not None else ""
+        figures.append((f"hold-out{within}, {summary.holdout_rows} rows", number(held)))
     if summary.gap is not None:
         figures.append(("gap to train", f"{summary.gap:+.4f}"))
     cells = "".join(

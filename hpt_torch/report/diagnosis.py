@@ -18,13 +18,12 @@ from hpt_torch.evidence import judge
 from hpt_torch.record import Record
 from hpt_torch.report import curve_checks, findings, space_checks
 from hpt_torch.report.findings import Finding, Importance
-from hpt_torch.report.summary import Summary, summarise
+from hpt_torch.report.summary import SHARES, Summary, summarise
 from hpt_torch.report.svg import number
 from hpt_torch.space import encode
 from hpt_torch.types import Trial
 
 REPLAYS = "replays"  # the folder of a run in which its replays are runs
-_SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
 
 
 def diagnose(
@@ -140,7 +139,7 @@ def selection(summary: Summary) -> Finding | None:
         remedy = "judge it by the hold-out figure, and bring more rows"
     metric = objective.metric.removeprefix("valid/")
     held = summary.holdout.get(f"holdout/{metric}")
-    if held is not None and metric in _SHARES and summary.holdout_rows:
+    if held is not None and metric in SHARES and summary.holdout_rows:
         chance = 2 * math.hypot(error, _binomial(held, summary.holdout_rows))
         if score - held > chance:
             return Finding(
@@ -170,7 +169,7 @@ def standard_error(summary: Summary, best: Trial) -> tuple[float, str] | None:
     if error is not None:
         return error, f"{len(best.folds)} folds"
     rows = summary.environment.get("valid_rows")
-    if summary.objective.metric.removeprefix("valid/") not in _SHARES or score is None or not 0 <= score <= 1:
+    if summary.objective.metric.removeprefix("valid/") not in SHARES or score is None or not 0 <= score <= 1:
         return None
     if not isinstance(rows, int) or rows < 1:
         return None

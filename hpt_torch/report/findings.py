@@ -127,13 +127,6 @@ def most_important_numbers(summary: Summary, shares: dict[str, float]) -> list[s
     return sorted(numeric, key=lambda name: -shares.get(name, 0.0))[:2]
 
 
-def interval(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share that was counted on `rows` rows."""
-    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def at_edge(summary: Summary, name: str) -> str:
     """Where the best value lies within 2 % of its range's end: "lower end" or "upper end"; else nothing."""
     dimension, best = summary.space[name], summary.best

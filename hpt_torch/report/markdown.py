@@ -32,7 +32,9 @@ def markdown(summary: Summary) -> str:
     if held is not None:
         reads = "once" if summary.holdout_reads == 1 else f"{summary.holdout_reads} times"
         rows = f"{summary.holdout_rows:,} rows that no decision saw"
-        answer.append(f"**hold-out {number(held)}** on {rows}, read {reads}")
+        bounds = summary.holdout_bounds
+        within = f" ({number(bounds[0])} to {number(bounds[1])})" if bounds is not None else ""
+        answer.append(f"**hold-out {number(held)}**{within} on {rows}, read {reads}")
     first = findings.defaults_trial(summary)
     if first is not None and first is not best:
         answer.append(f"declared defaults {_score(summary, first)}")

@@ -145,9 +145,8 @@ def _holdout(summary: Summary, metric: str) -> tuple[str, str]:
             return "–", "No hold-out rows were read. The valid score chose the best trial, so it flatters it."
         return "–", "It is read once, when the search has ended."
     text = f"{summary.holdout_rows:,} rows that no decision saw, {reads}, after the search."
-    if metric == "accuracy" and summary.holdout_rows and 0 <= value <= 1:
-        low, high = findings.interval(value, summary.holdout_rows)
-        text += f"<br>95 % interval {low:.3f} to {high:.3f}"
+    if (bounds := summary.holdout_bounds) is not None:
+        text += f"<br>95 % interval {number(bounds[0])} to {number(bounds[1])}"
     others = {name.removeprefix("holdout/"): v for name, v in summary.holdout.items()}
     shown = [f"{escape(name)} {number(v)}" for name, v in others.items() if name != metric]
     text += f"<br>{', '.join(shown[:4])}" if shown else ""

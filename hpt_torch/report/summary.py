@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from hpt_torch.record import Record
 from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
 from hpt_torch.space import Space, parse_dimension, thaw
 from hpt_torch.types import HParams, Objective, RunError, Trial, TrialState
+
+SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class Summary:
     best: Trial | None
     confirmation: Confirmation | None  # the best trials trained again with other seeds; `best` is its winner
     holdout: Mapping[str, float]
+    holdout_interval: Mapping[str, tuple[float, float]]  # 95 %, of each of these by bootstrap
     holdout_refit: Mapping[str, float]  # of the best trial trained again on train and valid rows, beside it
     holdout_rows: int
     holdout_reads: int
@@ -32,6 +36,17 @@ class Summary:
     sessions: int
     planned: int | None  # trials the recipe asks for; None: until the time is used up
     environment: Mapping[str, Any]
+
+    @property
+    def holdout_bounds(self) -> tuple[float, float] | None:
+        """95 % interval of the objective's hold-out figure: Wilson's for a share of rows, which holds near 0
+        and 1 as well, else the bootstrap's, where one is recorded."""
+        metric = self.objective.metric.removeprefix("valid/")
+        value = self.holdout.get(f"holdout/{metric}")
+        if value is not None and metric in SHARES and 0 <= value <= 1 and self.holdout_rows:
+            return wilson(value, self.holdout_rows)
+        low, high = self.holdout_interval.get(f"holdout/{metric}", (None, None))
+        return None if low is None or high is None else (low, high)
 
     @property
     def ranked(self) -> list[Trial]:
@@ -60,6 +75,13 @@ class Summary:
         return {**self.fixed, **trial.hparams}
 
 
+def wilson(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was counted on `rows` rows."""
+    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def summarise(record: Record) -> Summary:
     """Raises RunError where the run has not recorded its recipe yet."""
     begun = record.last("run")
@@ -80,6 +102,7 @@ def summarise(record: Record) -> Summary:
         best=best,
         confirmation=confirmation_of(record, objective),
         holdout=reading["metrics"] if current else {},
+        holdout_interval=reading.get("interval", {}) if current else {},
         holdout_refit=reading.get("refit", {}) if current else {},
         holdout_rows=reading["rows"],
         holdout_reads=len(readings),
@@ -107,6 +130,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         },
         "holdout": {
             "metrics": dict(summary.holdout),
+            "interval": {name: list(bounds) for name, bounds in summary.holdout_interval.items()},
             "refit": dict(summary.holdout_refit),
             "rows": summary.holdout_rows,
             "reads": summary.holdout_reads,
@@ -141,6 +165,7 @@ def canonical(summary: Summary) -> str:
         },
         "holdout": {
             "metrics": dict(summary.holdout),
+            "interval": {name: list(bounds) for name, bounds in summary.holdout_interval.items()},
             "refit": dict(summary.holdout_refit),
             "rows": summary.holdout_rows,
         },

@@ -77,9 +77,10 @@ def _answer(summary: Summary) -> list[Text]:
     held = summary.holdout.get("holdout/" + metric.removeprefix("valid/"))
     if held is not None:
         reads = "once" if summary.holdout_reads == 1 else f"{summary.holdout_reads} times"
-        lines.append(
-            Text(f"  hold-out {held:.4f} on {summary.holdout_rows} rows that no decision saw, read {reads}")
-        )
+        bounds = summary.holdout_bounds
+        within = f" (95 % interval {bounds[0]:.4f} to {bounds[1]:.4f})" if bounds is not None else ""
+        rows = f"{summary.holdout_rows} rows that no decision saw"
+        lines.append(Text(f"  hold-out {held:.4f}{within} on {rows}, read {reads}"))
     again = summary.holdout_refit.get("holdout/" + metric.removeprefix("valid/"))
     if again is not None:
         lines.append(Text(f"  trained again on train and valid rows: hold-out {again:.4f}"))

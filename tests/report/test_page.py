@@ -32,6 +32,7 @@ from hpt_torch.record import (
 from hpt_torch.report import export, findings, plots, summarise
 from hpt_torch.report.markdown import markdown
 from hpt_torch.report.page import page
+from hpt_torch.report.summary import wilson
 from hpt_torch.report.svg import linear, logarithmic, number, robust, seconds
 from hpt_torch.types import Report, TrialState
 
@@ -191,7 +192,7 @@ def test_the_answer_comes_first_then_everything_else_in_order(run: Run) -> None:
     words = outline.words
     assert f"{number(best.metrics['valid/accuracy'])}" in words
     assert (
-        "0.9000 100 rows that no decision saw, read once, after the search. 95 % interval 0.826 to 0.945"
+        "0.9000 100 rows that no decision saw, read once, after the search. 95 % interval 0.8256 to 0.9448"
         in words
     )
     assert "24 complete 1 pruned 2 failed 1 infeasible" in words
@@ -482,10 +483,10 @@ def test_a_few_bad_scores_do_not_flatten_the_others() -> None:
 
 
 def test_wilsons_interval() -> None:
-    low, high = findings.interval(0.9, 100)  # Newcombe 1998's method 3: 0.8256 to 0.9448
+    low, high = wilson(0.9, 100)  # Newcombe 1998's method 3: 0.8256 to 0.9448
     assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)
-    assert findings.interval(1.0, 10)[1] == 1.0
-    assert findings.interval(0.0, 10)[0] == 0.0
+    assert wilson(1.0, 10)[1] == 1.0
+    assert wilson(0.0, 10)[0] == 0.0
 
 
 def test_times_leave_interruptions_out_and_trials_together_side_by_side(

@@ -270,6 +270,9 @@ def replay(
 app.command()(commands.compare)
 app.command()(commands.clean)
 app.command()(commands.refine)
+app.command()(commands.add)
+app.command()(commands.stop)
+app.command()(commands.extend)
 
 
 @app.command("list")

@@ -25,6 +25,9 @@ EXAMPLES = {
     ),
     "replay": ("hpt replay runs/digits_mlp_pbt --seeds 5",),
     "compare": ("hpt compare runs/digits_mlp_tpe runs/digits_mlp_pbt",),
+    "add": ("hpt add runs/digits_mlp_tpe lr=0.01 dropout=0.2",),
+    "stop": ("hpt stop runs/digits_mlp_tpe 7",),
+    "extend": ("hpt extend runs/digits_mlp_tpe trials=+50", "hpt extend runs/digits_mlp_tpe timeout=+30m"),
     "refine": ("hpt refine runs/digits_mlp_tpe",),
     "dashboard": ("hpt dashboard runs/digits_mlp_tpe --open",),
     "doctor": (

@@ -1,14 +1,18 @@
-"""hpt clean | compare | refine: commands over runs that exist. `cli` registers them."""
+"""hpt clean | compare | refine | add | stop | extend: commands over runs that exist. `cli` registers them."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+_RUN = Annotated[Path, typer.Argument(help="the directory of a run")]
+_WAIT_SECONDS = 5.0  # for a run to take a request up
 
 if TYPE_CHECKING:
     from hpt_torch.refine import Refinement
@@ -110,6 +114,76 @@ def refine(
         from hpt_torch import cli  # which imports this module
 
         cli.run(str(path), run_dir=to, allow_import=allow_import)
+
+
+def add(
+    run_dir: _RUN,
+    point: Annotated[list[str], typer.Argument(metavar="NAME=VALUE…", help="searched hyperparameters")],
+) -> None:
+    """Adds a trial with these hyperparameters to a run; what is left open its sampler fills in.
+
+    It is trained when the round that is running has ended, beyond the number of trials of the recipe.
+    """
+    from hpt_torch.overrides import toml_value
+
+    pairs = [text.partition("=") for text in point]
+    if bad := next((text for text, (_, equals, _) in zip(point, pairs, strict=True) if not equals), None):
+        raise typer.BadParameter(f"a hyperparameter must look like lr=0.01, got {bad!r}")
+    _ask(run_dir, "add", {"point": {name.strip(): toml_value(value.strip()) for name, _, value in pairs}})
+
+
+def stop(
+    run_dir: _RUN, trial: Annotated[int, typer.Argument(min=0, help="its number, as hpt report shows it")]
+) -> None:
+    """Stops one trial of a run at its next step; the others go on. (To stop the run: Ctrl-C.)"""
+    _ask(run_dir, "stop", {"trial": trial})
+
+
+def extend(
+    run_dir: _RUN,
+    by: Annotated[list[str], typer.Argument(metavar="trials=+N timeout=+TIME", help="e.g. trials=+50")],
+) -> None:
+    """Extends a run's budget, also while it is running."""
+    from hpt_torch.recipe_sections import parse_duration
+    from hpt_torch.steering import MOST_TRIALS
+
+    body: dict[str, float] = {"trials": 0, "seconds": 0.0}
+    for text in by:
+        name, _, value = text.partition("=+")
+        if name == "trials" and value.isdecimal() and 0 < int(value) <= MOST_TRIALS:
+            body["trials"] = int(value)
+        elif name == "timeout" and value:
+            try:
+                body["seconds"] = parse_duration(value)
+            except ValueError as error:
+                raise typer.BadParameter(f"timeout {error}") from error
+        else:
+            raise typer.BadParameter(f"must be trials=+N or timeout=+TIME (+90s, +30m, +2h), got {text!r}")
+    _ask(run_dir, "extend", body)
+
+
+def _ask(run_dir: Path, kind: str, body: Mapping[str, Any]) -> None:
+    from hpt_torch.record import Record
+    from hpt_torch.rundir import RunDir
+    from hpt_torch.steering import ask
+
+    directory = RunDir(run_dir)
+    if directory.record.is_file():
+        directory.check_usable()
+    file = ask(run_dir, kind, body)
+    held = directory.is_run()
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while held and file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not file.exists():
+        typer.echo(f"{run_dir}: taken up")
+    elif held:
+        typer.echo(f"{run_dir}: the run takes it up when its present round has ended")
+    else:
+        with Record(directory.record, readonly=True) as record:
+            again = " --reopen-holdout" if record.last("holdout") else ""
+        command = f"hpt run {directory.recipe} --run-dir {run_dir}{again}"
+        typer.echo(f"{run_dir}: nobody runs it now; it is taken up by: {command}")
 
 
 def _show(summary: Summary, found: Refinement) -> None:

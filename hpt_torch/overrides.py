@@ -40,14 +40,14 @@ def apply_overrides(
             if not isinstance(table, dict):
                 problems.append(Problem(key, f"{parts[0]} is not a table"))
                 continue
-        table[parts[-1]] = _toml_value(text.strip())
+        table[parts[-1]] = toml_value(text.strip())
         other = {"hparams": "space", "space": "hparams"}.get(parts[0])
         if other and len(parts) == 2 and isinstance(data.get(other), dict):
             data[other].pop(parts[1], None)
     return data, problems
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
     """A value as TOML reads it; a bare word is a text."""
     try:
         parsed = tomllib.loads(f"value = {text}")

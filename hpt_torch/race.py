@@ -48,13 +48,13 @@ class Race:
         waiting = {key: self._to_train(key, until) for key in self.chunks}
         segments = [segment for segment in waiting.values() if segment is not None]
         whole = True
-        for boundary in self.tuner.executor.run(iter(segments), lambda: self.tuner.interrupted):
+        for boundary in self.tuner.executor.run(iter(segments), lambda: self.tuner.leaving):
             if boundary.broken:
                 self.tuner.fall_back(self.chunks[boundary.key], boundary)
                 whole = False
             else:
                 self._take(boundary)
-        return whole and not self.tuner.interrupted
+        return whole and not self.tuner.leaving
 
     def _to_train(self, key: str, until: int) -> Segment | None:
         """The chunk's segment to the boundary, where a trial of it that has not ended is not there yet."""
@@ -72,7 +72,7 @@ class Race:
         if boundary.state is not None:
             self.segments[key] = replace(self.segments[key], state=boundary.state)
             due = time.monotonic() - self._saved_at[key] >= self.tuner.recipe.run.checkpoint_every_seconds
-            if due or self.tuner.interrupted:
+            if due or self.tuner.leaving:
                 self._saved_at[key] = time.monotonic()
                 events.append(self.tuner.save(key, boundary.state))
         self.tuner.commit(*events)

@@ -364,9 +364,10 @@ def _revive(value: Any) -> Any:
 # -- the events that make up a trial's life ------------------------------------------------------------
 
 
-def trial_event(number: int, round: int, hparams: Mapping[str, Any], signature: str, folds: int = 0) -> Event:
+def trial_event(number: int, round: int, hparams: Mapping[str, Any], signature: str, **more: Any) -> Event:
+    """more: folds; added, of a point that was added by hand; left out where they are 0."""
     body = {"trial": number, "round": round, "hparams": dict(hparams), "signature": signature}
-    return Event(kind="trial", body=body | ({"folds": folds} if folds else {}))
+    return Event(kind="trial", body=body | {name: value for name, value in more.items() if value})
 
 
 def report_event(report: Report) -> Event:

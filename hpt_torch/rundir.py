@@ -27,7 +27,7 @@ _FILES = {
     "run.db", "run.db-wal", "run.db-shm", "run.db-journal", "run.head", "run.lock", "crash.log", "owner.json",
     "recipe.toml", "environment.json", "trials.csv", "report.html",
 }  # fmt: skip
-_FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines", "confirmations"}
+_FOLDERS = {"checkpoints", "tensorboard", "best", "replays", "baselines", "confirmations", "requests"}
 
 
 class RunDir:
@@ -86,6 +86,26 @@ class RunDir:
         reason = getattr(error, "strerror", None) or error
         return RunError(f"{str(self.path)[:300]} cannot be {verb}: {reason}; name another with --run-dir")
 
+    def owner(self) -> tuple[int, str] | None:
+        """(process id, host) of who has the lock, or had it when it was killed."""
+        with contextlib.suppress(OSError, LookupError, RecursionError, TypeError, ValueError):
+            known = json.loads(self._owner.read_text())  # anybody can write it
+            return int(known["pid"]), f"{known['host']!r:.80}"
+        return None
+
+    def is_run(self) -> bool:
+        """Whether a process seems to run it now. Trying the lock would keep others from it."""
+        owner = self.owner()
+        if owner is None or owner[1] != f"{socket.gethostname()!r:.80}":
+            return owner is not None
+        try:
+            os.kill(owner[0], 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, OverflowError):
+            return True
+        return True
+
     def __enter__(self) -> Self:
         self.check_usable()
         try:
@@ -95,12 +115,8 @@ class RunDir:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            owner = "another process"
-            with contextlib.suppress(
-                OSError, LookupError, RecursionError, TypeError, ValueError
-            ):  # anybody can write it
-                known = json.loads(self._owner.read_text())
-                owner = f"process {int(known['pid'])} on {known['host']!r:.80}"
+            who = self.owner()
+            owner = "another process" if who is None else f"process {who[0]} on {who[1]}"
             raise RunLockedError(
                 f"{self.path} is being written by {owner}; wait for it or stop it first"
             ) from None

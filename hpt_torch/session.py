@@ -37,6 +37,8 @@ from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.room import check_free
 from hpt_torch.rundir import RunDir, changes, environment, repository
 from hpt_torch.space import Choice, freeze
+from hpt_torch.steered import steered
+from hpt_torch.steering import Steering
 from hpt_torch.task import Task
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
@@ -334,13 +336,16 @@ def _check_continues(
 
 def _has_more_work(record: Record, recipe: Recipe) -> bool:
     """Whether the recipe's budgets would let this finished run train anything more."""
-    timeout, total = recipe.search.timeout, recipes.planned_trials(recipe)
-    if timeout is not None and record.seconds_used() >= timeout:
+    timeout, total, so_far = recipe.search.timeout, recipes.planned_trials(recipe), steered(record)
+    asked = [request for _, request in Steering(record.path.parent).waiting() if request]
+    if any(request.kind != "stop" for request in asked):
+        return True
+    if timeout is not None and record.seconds_used() >= timeout + so_far.seconds:
         return False
     if recipe.final.confirm is not None and record.last("confirmed") is None:
         return True
     unfinished = any(not trial.state.is_finished for trial in record.trials.values())
-    return unfinished or total is None or len(record.trials) < total
+    return unfinished or total is None or len(record.trials) < total + so_far.trials + len(so_far.points)
 
 
 # -- signals and places -------------------------------------------------------------------------------

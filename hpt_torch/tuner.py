@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint, crossval, samplers
@@ -22,7 +21,7 @@ from hpt_torch.executors.segment import State
 from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
 from hpt_torch.planning import Planning
-from hpt_torch.points import queue
+from hpt_torch.proposing import next_round
 from hpt_torch.race import Race
 from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, scheduler_of
 from hpt_torch.record import (
@@ -38,6 +37,8 @@ from hpt_torch.record import (
 from hpt_torch.report.confirmation import REFIT, chosen, refitted
 from hpt_torch.room import Room
 from hpt_torch.rundir import RunDir
+from hpt_torch.steered import steered
+from hpt_torch.steering import Steering, take_up
 from hpt_torch.task import Task
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
@@ -87,7 +88,7 @@ class Tuner:
         self.best = best_of(record, objective)
         self.finished = sum(trial.state.is_finished for trial in record.trials.values())
         search = recipe.search
-        self.total = planned_trials(recipe)
+        self.steering, self.steered = Steering(directory.path), steered(record)
         folding = folding_of(recipe)
         self.folds = folding.count if folding is not None else 0
         self.planning = Planning(
@@ -95,8 +96,8 @@ class Tuner:
         )
         self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
-        if self.scheduler is not None and self.total is not None:
-            self.round_size = self.total  # the population
+        if self.scheduler is not None and self.budget is not None:
+            self.round_size = self.budget  # the population
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -113,13 +114,14 @@ class Tuner:
                     pass
                 evolve(self, self.scheduler)
             while self.scheduler is None and not self.interrupted:
+                self._take_requests()
                 self._check_failures()
                 chunks = self.planning.open_chunks()
                 if chunks and self.pruner is not None:
                     Race(self, self.pruner, chunks).run()
                 elif chunks:
                     self._train(chunks)
-                elif not self._plan_round():
+                elif not self._plan_round() and not self._take_requests():
                     break
             if self.timed_out and not self.stopped:
                 self._pause()
@@ -135,13 +137,31 @@ class Tuner:
         return self.stopped or self.timed_out
 
     @property
+    def leaving(self) -> bool:
+        """Whether segments are to be left at the next step: to stop, or because a trial of one is stopped."""
+        return self.interrupted or self.steering.urgent()
+
+    @property
     def stopped(self) -> bool:
         return self._should_stop()
 
     @property
     def timed_out(self) -> bool:
         limit = self.recipe.search.timeout
-        return limit is not None and self._used_before + self.record.elapsed() >= limit
+        if limit is None:
+            return False
+        return self._used_before + self.record.elapsed() >= limit + self.steered.seconds
+
+    @property
+    def budget(self) -> int | None:
+        """How many trials the sampler may propose; None: as many as fit into the time."""
+        planned = planned_trials(self.recipe)
+        return None if planned is None else planned + self.steered.trials
+
+    @property
+    def total(self) -> int | None:
+        """How many trials there will be."""
+        return None if self.budget is None else self.budget + len(self.steered.points)
 
     def hparams_of(self, trial: Trial) -> HParams:
         """All hyperparameters of a trial: the fixed ones and its own."""
@@ -151,40 +171,37 @@ class Tuner:
 
     def _plan_round(self) -> bool:
         """Proposes and records the next trials; False when there are none left to propose."""
-        first = len(self.record.trials)
-        if self.total is not None and first >= self.total:
-            return False
-        number = first // self.round_size
-        end = (number + 1) * self.round_size
-        numbers = range(first, end if self.total is None else min(end, self.total))
-        search = self.recipe.search
-        threads = torch.get_num_threads()
-        points = samplers.suggest(
-            self.recipe.space,
-            self.record.in_order(),
-            numbers,
-            round=number,
-            kind=search.sampler,
-            objective=self.objective,
-            seed=self.recipe.seed,
-            queue=queue(self.recipe.space, search.points, start_with_defaults=search.start_with_defaults),
+        proposed = next_round(
+            self.record, self.recipe, self.objective, size=self.round_size, budget=self.budget
         )
-        torch.set_num_threads(threads)  # Optuna's GP sampler changes it while it fits
+        if proposed is None:
+            return False
         events = []
-        for trial, point in zip(numbers, points, strict=True):
-            full = {**self.fixed, **point}
-            signed = signature(full, self.trainer.dynamic)
-            events.append(trial_event(trial, number, point, signed, self.folds))
+        for trial, point in proposed.points.items():
+            signed = signature({**self.fixed, **point}, self.trainer.dynamic)
+            more = {"folds": self.folds, "added": proposed.added}
+            events.append(trial_event(trial, proposed.number, point, signed, **more))
         if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
         chunks = self.planning.chunks_of(
-            {trial: {**self.fixed, **point} for trial, point in zip(numbers, points, strict=True)}
+            {trial: {**self.fixed, **point} for trial, point in proposed.points.items()}
         )
         plan = [dataclasses.asdict(chunk) for chunk in chunks]
-        self.commit(*events, Event(kind="plan", body={"round": number, "chunks": plan}))
+        self.commit(*events, Event(kind="plan", body={"round": proposed.number, "chunks": plan}))
         self.planning.tell(chunks)
         return True
+
+    def _take_requests(self) -> bool:
+        """Records what was asked of the run meanwhile; whether there was anything."""
+        waiting = self.steering.waiting()
+        for file, request in waiting:
+            events, said = take_up(self.record, request) if request else ([], f"{file} is no request")
+            self.commit(*events)
+            self.steering.remove(file)
+            self.say(said)
+        self.steered = steered(self.record)
+        return bool(waiting)
 
     # -- training --------------------------------------------------------------------------------------
 
@@ -192,7 +209,7 @@ class Tuner:
         """Trains the chunks to their ends, or until a stop is asked for; then their states are saved."""
         by_key = {chunk.key: chunk for chunk in chunks}
         segments = (self.segment(chunk) for chunk in chunks)
-        for boundary in self.executor.run(segments, lambda: self.interrupted):
+        for boundary in self.executor.run(segments, lambda: self.leaving):
             chunk = by_key[boundary.key]
             if boundary.broken:
                 self.fall_back(chunk, boundary)
@@ -238,6 +255,7 @@ class Tuner:
             engine=chunk.engine,
             until_epoch=self.recipe.trainer.epochs if until_epoch is None else until_epoch,
             state=state,
+            ended=() if anew else tuple(self.steered.stopped.intersection(chunk.trials)),
             bar=self.bar if chunk.engine != REFIT else None,
             fold=chunk.fold,
         )

@@ -28,7 +28,7 @@ class Rule:
 
 DECISIONS = (
     "types", "seeding", "hparams", "space", "recipe", "recipe_sections", "recipe_checks", "overrides",
-    "samplers", "schedulers", "record", "head", "report", "points", "evidence", "refine",
+    "samplers", "schedulers", "record", "head", "steered", "report", "points", "evidence", "refine",
 )  # fmt: skip
 TENSORS = (
     "task", "tasks", "models", "data", "optim", "lr_schedules", "metrics", "population", "trainers",
@@ -77,6 +77,7 @@ WRITERS = (
     "crash",
     "report.export", "rundir", "room", "session", "observers",  # what is derived from it, and where it lies
     "result", "commands",  # where the user says: Result.to_csv(path), hpt compare --html, hpt refine --out
+    "steering",  # what people ask of it
     "data.cache", "data.image_sources",  # downloaded data sets: no part of a run
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 from hpt_torch.record import Record
 from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
 from hpt_torch.space import Space, parse_dimension, thaw
+from hpt_torch.steered import steered
 from hpt_torch.types import HParams, Objective, RunError, Trial, TrialState
 
 SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
@@ -108,9 +109,15 @@ def summarise(record: Record) -> Summary:
         holdout_reads=len(readings),
         seconds=record.seconds_used(),
         sessions=len(sessions),
-        planned=sessions[-1].body["budget"]["trials"] if sessions else None,
+        planned=_planned(record),
         environment=sessions[-1].body if sessions else {},
     )
+
+
+def _planned(record: Record) -> int | None:
+    session, asked = record.last("session"), steered(record)
+    trials: int | None = session.body["budget"]["trials"] if session is not None else None
+    return None if trials is None else trials + asked.trials + len(asked.points)
 
 
 def as_dict(summary: Summary) -> dict[str, Any]:

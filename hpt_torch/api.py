@@ -29,6 +29,7 @@ def tune(
     hparams: Mapping[str, Any] | None = None,
     timeout: str | float | None = None,
     round_size: int | None = None,
+    max_parameters: int | None = None,
     metric: str | None = None,
     direction: str | None = None,
     scheduler: Mapping[str, Any] | None = None,
@@ -51,6 +52,7 @@ def tune(
     task: what is trained, e.g. ``Classification(Net, data)``.
     space: name -> Float, Int or Choice. hparams: fixed values, name -> value.
     trials, timeout ("30m", or seconds): budgets over all resumes; at least one is needed, except for "grid".
+    max_parameters: a trial whose model has more trainable ones is infeasible, and is not trained.
     epochs: of each trial. sampler: tpe, random, grid, gp. metric, direction: default to the task's.
     scheduler: as a recipe's [scheduler], e.g. ``{"kind": "pbt", "interval_epochs": 2}`` for Population Based
     Training, where `trials` is the size of the population (`hpt_torch.schedulers.PBT` has the settings).
@@ -73,7 +75,13 @@ def tune(
         "task": {"kind": "python", "model": task.name, "data": "python"},
         "hparams": dict(hparams or {}),
         "space": dict(space),
-        "search": {"sampler": sampler, "trials": trials, "timeout": timeout, "round_size": round_size},
+        "search": {
+            "sampler": sampler,
+            "trials": trials,
+            "timeout": timeout,
+            "round_size": round_size,
+            "max_parameters": max_parameters,
+        },
         "objective": {"metric": metric, "direction": direction},
         "trainer": {"epochs": epochs, "device": device, "engine": engine},
         "scheduler": dict(scheduler or {}),

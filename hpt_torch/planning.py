@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from hpt_torch.crash import CrashLog
 from hpt_torch.hparams import signature
-from hpt_torch.record import Event, Record
-from hpt_torch.trainers import costs, planner
+from hpt_torch.proposing import Round
+from hpt_torch.record import Event, Record, finish_event, trial_event
+from hpt_torch.trainers import base, costs, planner, sizes
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
-from hpt_torch.types import HParams
+from hpt_torch.types import HParams, TrialState
 
 
 class Planning:
@@ -26,13 +30,57 @@ class Planning:
         say: Callable[[str], None],
         crash: CrashLog,
         folds: int = 0,
+        max_parameters: int | None = None,
+        wants_flops: bool = False,
     ) -> None:
+        self.max_parameters, self.wants_flops = max_parameters, wants_flops
+        self._sizes: dict[str, dict[str, int]] = {}  # by signature: what is known of the model
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
         self.engine, self.say, self.crash, self.folds = engine, say, crash, folds
         begun = record.last("run")
         self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
         self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
         self._told: set[str] = set()
+
+    def beginnings(self, round: Round, fixed: HParams) -> tuple[list[Event], dict[int, HParams]]:
+        """The events with which the round's trials begin (and at once end, where a model is too large), and
+        all hyperparameters, `fixed` ones included, of those that are to be trained."""
+        events, hparams = list[Event](), dict[int, HParams]()
+        for trial, point in round.points.items():
+            full = {**fixed, **point}
+            signed = signature(full, self.trainer.dynamic)
+            known = self._sizes_of(signed, trial, full)
+            more = {"folds": self.folds, "added": round.added}
+            events.append(trial_event(trial, round.number, point, signed, known, **more))
+            count = known.get("parameters", 0)
+            if self.max_parameters is not None and count > self.max_parameters:
+                reason = (
+                    f"its model has {count:,} trainable parameters, more than search.max_parameters allows "
+                    f"({self.max_parameters:,})"
+                )
+                events.append(finish_event(trial, TrialState.INFEASIBLE, reason))
+            else:
+                hparams[trial] = full
+        return events, hparams
+
+    def _sizes_of(self, signed: str, trial: int, hparams: HParams) -> dict[str, int]:
+        """Some of `types.SIZES`: a function of the static hyperparameters, so known once a signature. Empty
+        where the model cannot be built, which training will tell."""
+        if signed in self._sizes:
+            return self._sizes[signed]
+        found = self._sizes[signed] = {}
+        if self.crash.note(f"building {signed}"):
+            return found
+        trainer = self.trainer
+        with contextlib.suppress(Exception):
+            model = base.build(trainer.task, hparams, trial, trainer.seed).to(trainer.dtype)
+            found["parameters"] = sizes.parameters(model, hparams["freeze"])  # type: ignore[arg-type]
+            if self.wants_flops:
+                valid = trainer.data.valid
+                row = valid.select(torch.zeros(1, dtype=torch.int64, device=valid.device))
+                found["flops"] = sizes.flops(trainer.task, model, {n: t.cpu() for n, t in row.items()})
+        self.crash.note("")
+        return found
 
     def chunks_of(self, hparams: Mapping[int, HParams]) -> list[Chunk]:
         """How trials with these hyperparameters (fixed ones included) are to be trained."""

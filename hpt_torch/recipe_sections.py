@@ -132,6 +132,13 @@ class SearchSection(Section):
         strict=True,
         description="trials proposed together; unless given: tpe 10, gp 5, random 128, grid 256",
     )
+    max_parameters: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**53,
+        strict=True,
+        description="a trial whose model has more trainable parameters is infeasible, and is not trained",
+    )
     start_with_defaults: Flag = Field(
         default=True, description="trial 0 is the declared defaults (not for grid)"
     )

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from hpt_torch.head import Head
 from hpt_torch.space import freeze, thaw
-from hpt_torch.types import DamageError, Phase, Report, RunError, Trial, TrialState, is_int
+from hpt_torch.types import SIZES, DamageError, Phase, Report, RunError, Trial, TrialState, is_int
 
 FORMAT = 1
 _FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
@@ -214,12 +214,12 @@ class Record:
                 for chunk in body["chunks"]:
                     _check_name(chunk["key"])
             case "trial":
-                if not is_int(body["trial"]):
-                    raise ValueError("a trial's number is an integer")
+                sizes = {name: body[name] for name in SIZES if name in body}
+                if not all(is_int(value) for value in (body["trial"], *sizes.values())):
+                    raise ValueError("a trial's number and sizes are integers")
                 hparams = {name: freeze(value) for name, value in body["hparams"].items()}
-                trial = Trial(
-                    number=body["trial"], round=body["round"], hparams=hparams, signature=body["signature"]
-                )
+                named = {name: body[name] for name in ("round", "signature")}
+                trial = Trial(number=body["trial"], hparams=hparams, **named, **sizes)
                 folds = (trial,) * body.get("folds", 0)
                 self.trials[trial.number] = dataclasses.replace(trial, folds=folds)
             case "report":
@@ -364,10 +364,19 @@ def _revive(value: Any) -> Any:
 # -- the events that make up a trial's life ------------------------------------------------------------
 
 
-def trial_event(number: int, round: int, hparams: Mapping[str, Any], signature: str, **more: Any) -> Event:
-    """more: folds; added, of a point that was added by hand; left out where they are 0."""
+def trial_event(
+    number: int,
+    round: int,
+    hparams: Mapping[str, Any],
+    signature: str,
+    sizes: Mapping[str, int] | None = None,
+    **more: Any,
+) -> Event:
+    """sizes: of its model, as far as they are known: some of `types.SIZES`. more: folds; added, of a point
+    that was added by hand; left out where they are 0."""
     body = {"trial": number, "round": round, "hparams": dict(hparams), "signature": signature}
-    return Event(kind="trial", body=body | {name: value for name, value in more.items() if value})
+    given = {name: value for name, value in more.items() if value}
+    return Event(kind="trial", body=body | dict(sizes or {}) | given)
 
 
 def report_event(report: Report) -> Event:

@@ -40,6 +40,7 @@ from hpt_torch.space import Choice, freeze
 from hpt_torch.steered import steered
 from hpt_torch.steering import Steering
 from hpt_torch.task import Task
+from hpt_torch.trainers.sizes import parameters
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
     HParams,
@@ -132,10 +133,14 @@ def _check_model(recipe: Recipe, specs: Mapping[str, HParamSpec], task: Task) ->
         name: d.default if d.default is not None else d.options[0] if isinstance(d, Choice) else d.low
         for name, d in recipe.space.items()
     }
+    hparams, limit = {**_fixed(recipe, specs), **lows}, recipe.search.max_parameters
     try:
-        task.build_model({**_fixed(recipe, specs), **lows})
+        model = task.build_model(hparams)
     except (InfeasibleError, RuntimeError, MemoryError) as error:
         return [Problem("hparams", f"allow no model: {error}")]
+    if limit is not None and (count := parameters(model, hparams["freeze"])) > limit:
+        rule = f"must be at least {count:,}, the trainable parameters of the one model that is searched"
+        return [Problem("search.max_parameters", f"{rule}, got {limit:,}; raise it, or search smaller ones")]
     return []
 
 

@@ -18,7 +18,6 @@ from hpt_torch.crash import CrashLog
 from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.executors.segment import State
-from hpt_torch.hparams import signature
 from hpt_torch.observers import Observer
 from hpt_torch.planning import Planning
 from hpt_torch.proposing import next_round
@@ -32,7 +31,6 @@ from hpt_torch.record import (
     pause_event,
     report_event,
     state_event,
-    trial_event,
 )
 from hpt_torch.report.confirmation import REFIT, chosen, refitted
 from hpt_torch.room import Room
@@ -92,7 +90,13 @@ class Tuner:
         folding = folding_of(recipe)
         self.folds = folding.count if folding is not None else 0
         self.planning = Planning(
-            record, trainers, recipe.trainer.engine, say=self.say, crash=crash, folds=self.folds
+            record,
+            trainers,
+            recipe.trainer.engine,
+            say=self.say,
+            crash=crash,
+            folds=self.folds,
+            max_parameters=search.max_parameters,
         )
         self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
@@ -176,17 +180,11 @@ class Tuner:
         )
         if proposed is None:
             return False
-        events = []
-        for trial, point in proposed.points.items():
-            signed = signature({**self.fixed, **point}, self.trainer.dynamic)
-            more = {"folds": self.folds, "added": proposed.added}
-            events.append(trial_event(trial, proposed.number, point, signed, **more))
+        events, hparams = self.planning.beginnings(proposed, self.fixed)
         if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
-        chunks = self.planning.chunks_of(
-            {trial: {**self.fixed, **point} for trial, point in proposed.points.items()}
-        )
+        chunks = self.planning.chunks_of(hparams)
         plan = [dataclasses.asdict(chunk) for chunk in chunks]
         self.commit(*events, Event(kind="plan", body={"round": proposed.number, "chunks": plan}))
         self.planning.tell(chunks)

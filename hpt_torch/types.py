@@ -46,6 +46,8 @@ class TrialState(StrEnum):
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.INFEASIBLE)
 
 
+# Known of a trial's model before it is trained: its trainable parameters, the FLOPs of a row's forward pass
+SIZES = ("parameters", "flops")
 SplitterName = Literal["auto", "kfold", "stratified", "grouped", "time"]
 
 
@@ -102,6 +104,8 @@ class Trial:
     kept_epoch: int = 0  # the epoch whose weights were kept; 0: not finished
     phases: tuple[Phase, ...] = ()  # where a scheduler changed it; then `hparams` are those of the last one
     folds: tuple[Trial, ...] = ()  # with cross-validation: its training on each fold; reports are their means
+    parameters: int | None = None  # of its model, trainable ones; None: not recorded
+    flops: int | None = None  # of a row's forward pass; None: nothing asked for them
 
     @property
     def metrics(self) -> Mapping[str, float]:

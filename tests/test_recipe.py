@@ -62,6 +62,7 @@ round_size = 4
 points = [{dropout = 0.25, sizes = [64]}]
 warm_start = "runs/other"
 warm_start_trials = 3
+max_parameters = 100_000
 start_with_defaults = false
 
 [trainer]

@@ -29,7 +29,7 @@ def trials_csv(summary: Summary) -> str:
     metrics = sorted({name for trial in summary.trials for name in trial.metrics})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "state", *hparams, *metrics, "epoch", "seconds", "reason"])
+    writer.writerow(["number", "state", *hparams, *metrics, *summary.sizes, "epoch", "seconds", "reason"])
     for trial in summary.trials:
         reason = trial.reason.strip().splitlines()[-1] if trial.reason.strip() else ""
         seconds = round(sum(report.seconds for report in trial.reports), 4)
@@ -39,6 +39,7 @@ def trials_csv(summary: Summary) -> str:
                 trial.state.value,
                 *(_cell(trial.hparams.get(name)) for name in hparams),
                 *(trial.metrics.get(name, "") for name in metrics),
+                *(_cell(getattr(trial, name)) for name in summary.sizes),
                 trial.epoch,
                 seconds,
                 _cell(reason),

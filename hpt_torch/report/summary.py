@@ -12,7 +12,7 @@ from hpt_torch.record import Record
 from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
 from hpt_torch.space import Space, parse_dimension, thaw
 from hpt_torch.steered import steered
-from hpt_torch.types import HParams, Objective, RunError, Trial, TrialState
+from hpt_torch.types import SIZES, HParams, Objective, RunError, Trial, TrialState
 
 SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
 
@@ -53,6 +53,11 @@ class Summary:
     def ranked(self) -> list[Trial]:
         """Completed trials, best first."""
         return self.objective.ranked([t for t in self.trials if t.state is TrialState.COMPLETE])
+
+    @property
+    def sizes(self) -> list[str]:
+        """Those of `types.SIZES` that are recorded of a trial."""
+        return [name for name in SIZES if any(getattr(trial, name) is not None for trial in self.trials)]
 
     @property
     def states(self) -> dict[str, int]:
@@ -206,6 +211,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "epoch": trial.epoch,
         "kept_epoch": trial.kept_epoch,
         "weights_sha256": trial.weights_sha256,
+        **{name: size for name in SIZES if (size := getattr(trial, name)) is not None},
         "folds": [
             {
                 "state": f.state.value,

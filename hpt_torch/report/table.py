@@ -22,9 +22,11 @@ def trial_table(view: View) -> str:
     train = "train/" + metric.removeprefix("valid/")
     has_train = any(train in trial.metrics for trial in summary.trials)
     names = list(summary.space)
-    labels = ["trial", "state", metric, *([train] if has_train else []), *names, "epochs", "seconds"]
+    train = train if has_train else ""
+    labels = ["trial", "state", metric, *([train] if train else []), *names, *summary.sizes]
+    labels += ["epochs", "seconds"]
     head = "".join(f'<th scope="col"><button type="button">{escape(label)}</button></th>' for label in labels)
-    rows = "".join(_row(view, trial, names, train if has_train else "") for trial in summary.trials)
+    rows = "".join(_row(view, trial, names, train) for trial in summary.trials)
     return (
         '<p class="note">Click a column’s head to sort; again to turn it round.</p>'
         f'<div class="scroll tall"><table class="trials"><thead><tr>{head}</tr></thead>'
@@ -45,6 +47,9 @@ def _row(view: View, trial: Trial, names: list[str], train: str) -> str:
             cells.append(f"<td{_title(text)}>{escape(text[: _MOST - 1])}…</td>")
         else:
             cells.append(f"<td>{escape(text)}</td>")
+    for name in view.summary.sizes:
+        size = getattr(trial, name)
+        cells.append("<td>–</td>" if size is None else f'<td data-v="{size}">{size:,}</td>')
     seconds = sum(report.seconds for report in trial.reports)
     best = ' class="best"' if view.is_best(trial) else ""
     return (

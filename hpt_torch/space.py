@@ -30,7 +30,12 @@ def freeze(value: Any) -> HParamValue:
 
 @dataclass(frozen=True)
 class Float:
-    """A real number in [low, high], on a linear or log scale, or on a grid of `step`."""
+    """A real number in [low, high], on a linear or log scale, or on a grid of `step`.
+
+    >>> import hpt_torch as hpt
+    >>> hpt.Float(0.0, 0.5, step=0.25).values()
+    [0.0, 0.25, 0.5]
+    """
 
     low: float
     high: float
@@ -80,7 +85,12 @@ class Float:
 
 @dataclass(frozen=True)
 class Int:
-    """A whole number in [low, high], both included."""
+    """A whole number in [low, high], both included.
+
+    >>> import hpt_torch as hpt
+    >>> hpt.Int(1, 9, step=4).values()
+    range(1, 10, 4)
+    """
 
     low: int
     high: int
@@ -117,7 +127,12 @@ class Int:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the options; an option may be a list (``hidden_sizes``)."""
+    """One of the options; an option may be a list (``hidden_sizes``).
+
+    >>> import hpt_torch as hpt
+    >>> hpt.Choice([[64], [64, 64]]).contains((64, 64))
+    True
+    """
 
     options: Sequence[Any]
     default: Any = None

@@ -27,6 +27,24 @@ class Task:
     """Subclass this to bring your own training. Every method sees one member and one batch.
 
     A batch is a mapping of tensors with B rows, as `Data.train` names them (`inputs`, `targets`).
+
+    >>> import torch, hpt_torch as hpt
+    >>> class Slope(hpt.Task):
+    ...     objective = hpt.Objective(metric="valid/error", direction="minimize")
+    ...     def data(self):
+    ...         rows = hpt.Rows({"inputs": torch.linspace(0, 1, 8).unsqueeze(1)})
+    ...         return hpt.Data(train=rows, valid=rows)
+    ...     def build_model(self, hparams):
+    ...         return torch.nn.Linear(1, 1)
+    ...     def loss(self, model, batch, hparams):
+    ...         return (model(batch["inputs"]) - 2 * batch["inputs"]).square().mean()
+    ...     def metrics(self, model, batch):
+    ...         return {"sum": (model(batch["inputs"]) - 2 * batch["inputs"]).abs().sum()}
+    ...     def finalize(self, sums):
+    ...         return {"error": float(sums["sum"]) / 8}
+    >>> result = hpt.tune(Slope(), {"lr": hpt.Float(0.01, 1.0)}, trials=3, epochs=2, progress=False)
+    >>> len(result.trials)
+    3
     """
 
     name: str = "task"

@@ -124,6 +124,12 @@ class Classification(Supervised):
     """One of `data.out_features` classes for each row (or for each step of it).
 
     metrics: of accuracy, top5, f1, precision, recall (macro means) and roc_auc; the first one is optimised.
+
+    >>> import hpt_torch as hpt
+    >>> from hpt_torch.models import MLP
+    >>> task = hpt.Classification(MLP, hpt.data.digits(), metrics=["f1", "accuracy"])
+    >>> task.objective.metric
+    'valid/f1'
     """
 
     objective = Objective(metric="valid/accuracy", direction="maximize")
@@ -179,7 +185,13 @@ class Classification(Supervised):
 
 class Regression(Supervised):
     """Real values for each row. Metrics: loss, mse, mae and r2, all of them; `metrics` names the one to
-    optimise first (default: mse)."""
+    optimise first (default: mse).
+
+    >>> import hpt_torch as hpt
+    >>> from hpt_torch.models import Linear
+    >>> hpt.Regression(Linear, hpt.data.diabetes()).objective.direction
+    'minimize'
+    """
 
     objective = Objective(metric="valid/mse", direction="minimize")
     own_hparams = h.REGRESSION
@@ -204,7 +216,13 @@ class Regression(Supervised):
 
 
 class Reconstruction(Regression):
-    """The inputs themselves: an autoencoder. Targets, if the data has any, are not read."""
+    """The inputs themselves: an autoencoder. Targets, if the data has any, are not read.
+
+    >>> import hpt_torch as hpt
+    >>> from hpt_torch.models import Autoencoder
+    >>> hpt.Reconstruction(Autoencoder, hpt.data.digits()).objective.metric
+    'valid/mse'
+    """
 
     own_hparams = h.RECONSTRUCTION
 

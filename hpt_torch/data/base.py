@@ -75,7 +75,12 @@ class Part(abc.ABC):
 
 @dataclass(frozen=True)
 class Rows(Part):
-    """Tensors with one first dimension of N rows, by name: `inputs`, `targets`, whatever a task reads."""
+    """Tensors with one first dimension of N rows, by name: `inputs`, `targets`, whatever a task reads.
+
+    >>> import torch, hpt_torch as hpt
+    >>> len(hpt.Rows({"inputs": torch.zeros(5, 3), "targets": torch.zeros(5)}))
+    5
+    """
 
     tensors: Mapping[str, Tensor]
 
@@ -160,7 +165,13 @@ class Column:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """A data set in three parts. Trials are trained on `train`, scored on `valid`; `holdout` is read once,
-    after the search has chosen."""
+    after the search has chosen.
+
+    >>> import torch, hpt_torch as hpt
+    >>> rows = hpt.Rows({"inputs": torch.zeros(6, 3), "targets": torch.tensor([0, 1, 2, 0, 1, 2])})
+    >>> hpt.Data(train=hpt.Rows(rows.slice(0, 4)), valid=hpt.Rows(rows.slice(4, 6)), out_features=3).name
+    'data'
+    """
 
     train: Part
     valid: Part

@@ -50,6 +50,11 @@ def split(
     groups: (N,) integers; rows with the same one (a patient, a speaker) stay in one part. The fractions are
     then those of the groups.
     ordered: the rows lie in time, and train is before valid, valid before hold-out.
+
+    >>> import numpy as np, hpt_torch as hpt
+    >>> data = hpt.split(np.zeros((10, 4)), np.arange(10) % 2, valid_fraction=0.2, holdout_fraction=0.2)
+    >>> len(data.train), len(data.valid), len(data.holdout), data.out_features
+    (6, 2, 2, 2)
     """
     if ordered and (groups is not None or stratify):
         raise TaskError("ordered rows are split where they lie; leave out groups and stratify, or ordered")

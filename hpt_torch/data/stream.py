@@ -40,6 +40,12 @@ class Stream(Part):
     What a data set draws at random (torch's, NumPy's and Python's global generators) repeats: the generators
     are seeded for every batch from the order of the epoch and the batch's place in it, for any number of
     workers. Raises TaskError where the data set cannot be read by row number.
+
+    >>> import torch, hpt_torch as hpt
+    >>> images = torch.utils.data.TensorDataset(torch.zeros(8, 3, 4, 4), torch.arange(8))
+    >>> data = hpt.Data(train=hpt.Stream(images, workers=2), valid=hpt.Stream(images), out_features=8)
+    >>> len(data.train)
+    8
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from typing import Any
 import bench_durability
 import bench_pbt
 import bench_quality
+import bench_reach
 import bench_scaling
 import bench_search
 import bench_torture
@@ -212,6 +213,7 @@ for _command in (
     *(bench_search.grid, bench_search.fashion, bench_scaling.scaling),
     *(bench_pbt.pbt, bench_pbt.decisions, bench_quality.quality, bench_torture.torture),
     bench_durability.durability,
+    bench_reach.reach,
 ):
     app.command()(_command)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_durability
+import bench_members
 import bench_pbt
 import bench_quality
 import bench_reach
@@ -19,6 +20,7 @@ import bench_search
 import bench_torture
 import torch
 import typer
+from bench_members import PlainCNN, PlainMLP, PlainRNN, ordinary_epoch
 from torch import nn
 
 import hpt_torch as hpt
@@ -98,46 +100,11 @@ def overhead(trials: int = 1000, repeats: int = 3, json_path: Path | None = None
 # -- throughput ----------------------------------------------------------------------------------------
 
 
-class _PlainMLP(nn.Sequential):
-    def __init__(self, features: int) -> None:
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs in (features, 128):
-            layers += [nn.Linear(inputs, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.2)]
-        super().__init__(*layers, nn.Linear(128, 10))
-
-
-class _PlainCNN(nn.Sequential):
-    def __init__(self) -> None:
-        layers: list[nn.Module] = []
-        for inputs, outputs in ((1, 16), (16, 32)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-
-
-class _PlainRNN(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.head = nn.GRU(28, 64, batch_first=True), nn.Linear(64, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.cell(x)[0][:, -1])  # type: ignore[no-any-return]
-
-
 _OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden_sizes": (128, 128), "batch_norm": True, "dropout": 0.2},
     "cnn": {"channels": (16, 32), "batch_norm": True},
     "rnn": {"cell": "gru", "hidden_size": 64},
 }
-
-
-def _ordinary_epoch(model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> None:
-    """One epoch as PyTorch's tutorials write it."""
-    model.train()
-    for inputs, targets in loader:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
 
 
 @app.command()
@@ -155,10 +122,10 @@ def throughput(
     torch.manual_seed(0)
     results = []
     cases: list[tuple[str, str, tuple[int, ...], Any]] = [
-        ("MLP 64-128-128-10 (digits)", "mlp", (64,), lambda: _PlainMLP(64)),
-        ("MLP 784-128-128-10 (Fashion-MNIST)", "mlp", (784,), lambda: _PlainMLP(784)),
-        ("CNN 16-32, 3 x 3, batch norm (28 x 28)", "cnn", (1, 28, 28), _PlainCNN),
-        ("GRU 64 (28 rows of 28)", "rnn", (28, 28), _PlainRNN),
+        ("MLP 64-128-128-10 (digits)", "mlp", (64,), lambda: PlainMLP(64)),
+        ("MLP 784-128-128-10 (Fashion-MNIST)", "mlp", (784,), lambda: PlainMLP(784)),
+        ("CNN 16-32, 3 x 3, batch norm (28 x 28)", "cnn", (1, 28, 28), PlainCNN),
+        ("GRU 64 (28 rows of 28)", "rnn", (28, 28), PlainRNN),
     ]
     for label, name, shape, plain in cases:
         inputs, labels = torch.rand(rows, *shape), torch.randint(10, (rows,))
@@ -190,7 +157,7 @@ def throughput(
         times: dict[str, list[float]] = {"ordinary": [], "ours": []}
         for repeat in range(repeats + 1):
             start = time.perf_counter()
-            _ordinary_epoch(model, loader, optimizer)
+            ordinary_epoch(model, loader, optimizer)
             middle = time.perf_counter()
             ours(epoch=repeat)
             if repeat:  # the first pass warms up
@@ -214,6 +181,7 @@ for _command in (
     *(bench_pbt.pbt, bench_pbt.decisions, bench_quality.quality, bench_torture.torture),
     bench_durability.durability,
     bench_reach.reach,
+    bench_members.members,
 ):
     app.command()(_command)
 

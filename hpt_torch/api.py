@@ -32,6 +32,7 @@ def tune(
     max_parameters: int | None = None,
     metric: str | None = None,
     direction: str | None = None,
+    second: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     folds: int | None = None,
     evaluation: Mapping[str, Any] | None = None,
@@ -53,7 +54,10 @@ def tune(
     space: name -> Float, Int or Choice. hparams: fixed values, name -> value.
     trials, timeout ("30m", or seconds): budgets over all resumes; at least one is needed, except for "grid".
     max_parameters: a trial whose model has more trainable ones is infeasible, and is not trained.
-    epochs: of each trial. sampler: tpe, random, grid, gp. metric, direction: default to the task's.
+    epochs: of each trial. sampler: tpe, random, grid, gp, qmc, nsga2.
+    metric, direction: default to the task's.
+    second: a second objective, as a recipe's [objective.second], e.g. ``{"metric": "parameters"}``:
+    `Result.pareto` has the trials that no other one beats in both; what is best the first alone decides.
     scheduler: as a recipe's [scheduler], e.g. ``{"kind": "pbt", "interval_epochs": 2}`` for Population Based
     Training, where `trials` is the size of the population (`hpt_torch.schedulers.PBT` has the settings).
     folds: cross-validation: each trial is trained on so many folds, its score is their mean, and the best is
@@ -82,7 +86,7 @@ def tune(
             "round_size": round_size,
             "max_parameters": max_parameters,
         },
-        "objective": {"metric": metric, "direction": direction},
+        "objective": {"metric": metric, "direction": direction, "second": second},
         "trainer": {"epochs": epochs, "device": device, "engine": engine},
         "scheduler": dict(scheduler or {}),
         "evaluation": {**(evaluation or {}), **({"folds": folds} if folds is not None else {})},

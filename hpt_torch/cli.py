@@ -157,9 +157,11 @@ def validate(
         f"  search     {search.sampler}, {_trials(checked.recipe)} of {checked.recipe.trainer.epochs} epochs"
     )
     from hpt_torch.data.folds import chosen_splitter
-    from hpt_torch.recipe import folding_of, pruner_of, scheduler_of
+    from hpt_torch.recipe import folding_of, pruner_of, scheduler_of, second_of
     from hpt_torch.schedulers import PBT, Halving, Pruning, Schedule
 
+    if (second := second_of(checked.recipe)) is not None:
+        typer.echo(f"  second     {second.direction} {second.metric}; what is best is decided by the first")
     epochs = checked.recipe.trainer.epochs
     match scheduler_of(checked.recipe) or pruner_of(checked.recipe):
         case PBT() as pbt:

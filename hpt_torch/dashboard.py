@@ -58,12 +58,12 @@ def _application(run_dir: Path) -> Callable[..., Any]:
             for trial in summary.trials
             if trial.reports
         }
-    study = make_study(summary.space, summary.trials, summary.objective)
+    study = make_study(summary.space, summary.trials, summary.objective, summary.second)
     storage = optuna.storages.InMemoryStorage()
     shown = optuna.create_study(storage=storage, study_name=summary.name, directions=study.directions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # it may go: only a label
-        shown.set_metric_names([summary.objective.metric])
+        shown.set_metric_names([one.metric for one in (summary.objective, summary.second) if one])
     trials = study.trials
     for trial, frozen in zip(summary.trials, trials, strict=True):
         if trial.number in when:  # else the timeline would show when this copy was made

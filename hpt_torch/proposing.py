@@ -12,7 +12,7 @@ import torch
 
 from hpt_torch import samplers
 from hpt_torch.points import queue
-from hpt_torch.recipe import Recipe
+from hpt_torch.recipe import Recipe, second_of
 from hpt_torch.record import Record
 from hpt_torch.seeding import derive_seed
 from hpt_torch.steered import steered
@@ -35,7 +35,8 @@ def next_round(
     first, so_far = len(record.trials), steered(record)
     asked = first - so_far.added
     if asked and so_far.added < len(so_far.points):
-        found = _added(record, recipe, objective, so_far.points, range(so_far.added, len(so_far.points)))
+        which = range(so_far.added, len(so_far.points))
+        found = _added(record, recipe, objective, so_far.points, which, size)
         return Round(number=(asked - 1) // size, points=dict(enumerate(found, start=first)), added=True)
     if budget is not None and asked >= budget:
         return None
@@ -49,6 +50,8 @@ def next_round(
         round=number,
         kind=search.sampler,
         objective=objective,
+        second=second_of(recipe),
+        size=size,
         seed=recipe.seed,
         queue=queue(recipe.space, search.points, start_with_defaults=search.start_with_defaults),
     )
@@ -57,7 +60,7 @@ def next_round(
 
 
 def _added(
-    record: Record, recipe: Recipe, objective: Objective, points: Sequence[HParams], which: range
+    record: Record, recipe: Recipe, objective: Objective, points: Sequence[HParams], which: range, size: int
 ) -> list[HParams]:
     """These of the points, completed: what a point leaves open comes from the sampler, or from chance where
     that has a fixed sequence."""
@@ -69,6 +72,8 @@ def _added(
         round=len(record.trials),  # after all that there are
         kind="random" if kind in ("grid", "qmc") else kind,
         objective=objective,
+        second=second_of(recipe),
+        size=size,
         seed=derive_seed(recipe.seed, "added", bits=32),
         queue=queue(recipe.space, points, start_with_defaults=False),
     )

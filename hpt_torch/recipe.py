@@ -33,7 +33,7 @@ from hpt_torch.recipe_sections import (
 from hpt_torch.schedulers import PBT, Halving, Pruner, Pruning, Schedule, Scheduler, parse_changes
 from hpt_torch.schedulers.halving import HalvingName
 from hpt_torch.schedulers.pruning import PruningName
-from hpt_torch.types import Folding, Problem, RecipeError
+from hpt_torch.types import Folding, Objective, Problem, RecipeError
 
 MAX_BYTES = 1_000_000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -162,6 +162,14 @@ def folding_of(recipe: Recipe) -> Folding | None:
     return Folding(folds=settings.folds, splitter=settings.splitter, repeats=settings.repeats)
 
 
+def second_of(recipe: Recipe) -> Objective | None:
+    """The second objective; None: there is one only."""
+    second = recipe.objective.second
+    if second is None:
+        return None
+    return Objective(metric=second.metric, direction=second.direction or "minimize")
+
+
 def needs_refit(recipe: Recipe) -> bool:
     """Whether the search alone leaves no model of the chosen trial."""
     return recipe.evaluation.folds is not None or recipe.final.confirm is not None
@@ -217,7 +225,8 @@ def _problem(item: Any) -> Problem:
 def _fields_at(location: Sequence[str]) -> list[str]:
     model: Any = Recipe
     for part in location:
-        model = model.model_fields[part].annotation
+        kind = model.model_fields[part].annotation
+        model = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)  # of X | None
     return list(model.model_fields)
 
 

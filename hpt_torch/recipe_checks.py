@@ -15,7 +15,7 @@ from hpt_torch.points import check_points
 from hpt_torch.schedulers import PORTABLE
 from hpt_torch.schedulers import check_space as check_pbt_space
 from hpt_torch.space import Choice, Dimension
-from hpt_torch.types import Problem, SpaceError, is_int
+from hpt_torch.types import SIZES, Problem, SpaceError, is_int
 
 if TYPE_CHECKING:
     from hpt_torch.recipe import Recipe
@@ -60,6 +60,10 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         problems.append(
             Problem(f"objective.{missing}", "metric and direction are given together or not at all")
         )
+    problems += _check_second(recipe)
+    if recipe.search.sampler == "nsga2" and recipe.search.round_size == 1:
+        rule = "is the generation of nsga2, whose points have two parents, and must be at least 2, got 1"
+        problems.append(Problem("search.round_size", rule))
     if recipe.trainer.patience is not None and recipe.trainer.keep == "last":
         problems.append(
             Problem(
@@ -85,6 +89,22 @@ def cross_check(recipe: Recipe) -> list[Problem]:
     if recipe.task.valid_fraction + recipe.task.holdout_fraction >= 0.95:
         problems.append(
             Problem("task.valid_fraction", "valid_fraction + holdout_fraction must stay below 0.95")
+        )
+    return problems
+
+
+def _check_second(recipe: Recipe) -> list[Problem]:
+    """The second objective says which way is better, and nobody decides while trials train."""
+    second, kind, problems = recipe.objective.second, recipe.scheduler.kind, list[Problem]()
+    if second is None:
+        return []
+    if second.direction is None and second.metric not in SIZES:
+        rule = f"must be given (maximize or minimize) where the metric is {second.metric!r}"
+        problems.append(Problem("objective.second.direction", f"{rule}; only {' and '.join(SIZES)} have one"))
+    if kind not in ("fifo", "schedule"):
+        rule = f"does not go with scheduler.kind {kind}, which compares trials by one number"
+        problems.append(
+            Problem("objective.second", f"{rule}, got {second.metric!r} as another; leave out one of the two")
         )
     return problems
 

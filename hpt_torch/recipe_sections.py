@@ -104,11 +104,26 @@ class TaskSection(Section):
     )
 
 
+class SecondSection(Section):
+    """A second objective beside the first, which alone says what is best: the report has the trials that no
+    other one beats in both."""
+
+    metric: str = Field(
+        max_length=100,
+        description="parameters (trainable ones), flops (of one row's forward pass), or a metric of its own "
+        'such as "valid/loss"',
+    )
+    direction: Literal["maximize", "minimize"] | None = Field(
+        default=None, description="unless given: minimize, of parameters and flops"
+    )
+
+
 class ObjectiveSection(Section):
-    """What is optimised; both are the task's own unless given."""
+    """What is optimised; metric and direction are the task's own unless given."""
 
     metric: str | None = Field(default=None, max_length=100, description='such as "valid/accuracy"')
     direction: Literal["maximize", "minimize"] | None = None
+    second: SecondSection | None = None
 
 
 class SearchSection(Section):
@@ -130,7 +145,8 @@ class SearchSection(Section):
         ge=1,
         le=10_000,
         strict=True,
-        description="trials proposed together; unless given: tpe 10, gp 5, random 128, grid 256",
+        description="trials proposed together; unless given: tpe 10, gp 5, nsga2 20 (its generation), "
+        "random and qmc 128, grid 256",
     )
     max_parameters: int | None = Field(
         default=None,

@@ -70,14 +70,21 @@ class Result:
         return self.summary.holdout_bounds
 
     @property
+    def pareto(self) -> tuple[Trial, ...]:
+        """The complete trials that no other one beats in both objectives, best in the first one first; empty
+        where there is one objective. What is `best` the first one alone decides."""
+        return self.summary.pareto
+
+    @property
     def study(self) -> Any:
-        """The trials as an in-memory Optuna study, for optuna.visualization and optuna.importance."""
-        return make_study(self.summary.space, self.trials, self.objective)
+        """The trials as an in-memory Optuna study, for optuna.visualization and optuna.importance; with two
+        objectives it has both directions."""
+        return make_study(self.summary.space, self.trials, self.objective, self.summary.second)
 
     @property
     def plot(self) -> Plots:
         """Interactive figures, such as ``result.plot.progress()``; they need plotly (the extra "plots")."""
-        return Plots(self.summary, self.study)
+        return Plots(self.summary)
 
     def hparams(self, trial: Trial | None = None) -> dict[str, Any]:
         """All hyperparameters of a trial (default: the best), the fixed ones included."""

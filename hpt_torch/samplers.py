@@ -8,6 +8,7 @@ same points in any process, however often the run was interrupted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from hpt_torch.seeding import derive_seed, generator
 from hpt_torch.space import Space
 from hpt_torch.types import HParams, HParamValue, Objective, Trial, TrialState
 
-SamplerName = Literal["tpe", "random", "grid", "gp", "qmc"]
-ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 128, "grid": 256, "qmc": 128}
+SamplerName = Literal["tpe", "random", "grid", "gp", "qmc", "nsga2"]
+ROUND_SIZES: Mapping[str, int] = {"tpe": 10, "gp": 5, "random": 128, "grid": 256, "qmc": 128, "nsga2": 20}
 
 
 def suggest(
@@ -30,12 +31,16 @@ def suggest(
     round: int,
     kind: SamplerName,
     objective: Objective,
+    second: Objective | None = None,
+    size: int | None = None,
     seed: int,
     queue: Sequence[HParams] = (),
 ) -> list[HParams]:
     """Hyperparameters for the trials `numbers`, which belong to `round`.
 
-    queue: what the first trials have fixed (`points.queue`); no matter to a grid.
+    second: tpe, gp and nsga2 search for points that are good in it or in `objective`. size: of a round, which
+    is a generation of nsga2; default: `ROUND_SIZES`. queue: what the first trials have fixed
+    (`points.queue`); no matter to a grid.
 
     Of `history` a trial sees the earlier rounds, and the trials of its own round as running whatever has
     become of them (TPE's constant liar keeps a round apart): asking for a round in two parts gives the
@@ -57,10 +62,11 @@ def suggest(
             for trial in history
             if trial.round == round
         ]
-    study = make_study(space, seen, objective, impute=kind == "gp")
+    study = make_study(space, seen, objective, second, impute=kind == "gp")
+    make = _maker(kind, study, max(size or ROUND_SIZES[kind], 2))
     asked: list[HParams] = []
     for number in numbers:
-        study.sampler = _make_sampler(kind, derive_seed(seed, "sampler", number, bits=32))
+        study.sampler = make(derive_seed(seed, "sampler", number, bits=32))
         fixed = queue[number] if number < len(queue) else {}
         asked.append(_ask(study, space, fixed))
     return asked
@@ -99,7 +105,8 @@ def _at(dimension: spaces.Dimension, name: str, share: float) -> HParamValue:
     return min(low + (high - low) * share, high)
 
 
-def _make_sampler(kind: SamplerName, seed: int) -> Any:
+def _maker(kind: SamplerName, study: Any, size: int) -> Callable[[int], Any]:
+    """What gives a fresh sampler for a seed."""
     import optuna
 
     makers: dict[str, Callable[..., Any]] = {
@@ -107,9 +114,45 @@ def _make_sampler(kind: SamplerName, seed: int) -> Any:
         "random": optuna.samplers.RandomSampler,
         "gp": optuna.samplers.GPSampler,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return makers[kind](seed=seed)
+    make = _genetic(study, size) if kind == "nsga2" else makers[kind]
+
+    def fresh(seed: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return make(seed=seed)
+
+    return fresh
+
+
+def _genetic(study: Any, size: int) -> Callable[..., Any]:
+    """NSGA-II (Deb et al. 2002) whose generations are the rounds: the parents of a round are the `size` best,
+    by Pareto rank and then by distance from each other, of the parents and the children of the round before.
+
+    Optuna's own keeps generation and parents with the trials of a study that lives on; here both are worked
+    out anew from the complete trials. A round without one leaves its parents to the next. As in Optuna's, one
+    value of a child is drawn anew on average, and what has a condition always.
+    """
+    import optuna
+
+    children: dict[int, list[Any]] = {}
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+        children.setdefault(trial.user_attrs["hpt_torch/round"], []).append(trial)
+    parents: list[list[Any]] = [[]]  # by generation: the first has none
+
+    class Sampler(optuna.samplers.NSGAIISampler):
+        def get_population(self, study: Any, generation: int) -> list[Any]:
+            return children.get(generation, [])
+
+        def get_parent_population(self, study: Any, generation: int) -> list[Any]:
+            return parents[generation]
+
+        def get_trial_generation(self, study: Any, trial: Any) -> int:
+            return len(parents) - 1
+
+    sampler = Sampler(population_size=size)
+    for generation in range(1, max(children, default=-1) + 2):
+        parents.append(sampler.select_parent(study, generation))
+    return functools.partial(Sampler, population_size=size)
 
 
 def _ask(study: Any, space: Space, fixed: Mapping[str, HParamValue]) -> dict[str, HParamValue]:
@@ -154,8 +197,16 @@ _OPTUNA_STATES = {
 }
 
 
-def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, impute: bool = False) -> Any:
-    """The trials as an in-memory Optuna study. A failed trial is a PRUNED one without a value.
+def make_study(
+    space: Space,
+    trials: Sequence[Trial],
+    objective: Objective,
+    second: Objective | None = None,
+    *,
+    impute: bool = False,
+) -> Any:
+    """The trials as an in-memory Optuna study, of two directions with a second objective. A failed trial is a
+    PRUNED one without a value.
 
     With `impute` (for the GP, which reads COMPLETE trials only) it is a COMPLETE one with the worst score
     seen, so that the model learns where training diverges.
@@ -163,27 +214,28 @@ def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, i
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction=objective.direction, study_name="hpt_torch")
-    ranked = objective.ranked([t for t in trials if t.state is TrialState.COMPLETE])
-    worst = objective.score(ranked[-1]) if ranked else None
+    both = [objective] if second is None else [objective, second]
+    study = optuna.create_study(directions=[one.direction for one in both], study_name="hpt_torch")
+    ranked = [one.ranked([t for t in trials if t.state is TrialState.COMPLETE]) for one in both]
+    worst = [one.score(order[-1]) or 0.0 for one, order in zip(both, ranked, strict=True) if order]
     frozen = []
     for trial in trials:
-        score = objective.score(trial)
+        scores = [score for one in both if (score := one.score(trial)) is not None]
         state = optuna.trial.TrialState[_OPTUNA_STATES[trial.state]]
-        if state == optuna.trial.TrialState.COMPLETE and score is None:
-            state = optuna.trial.TrialState.PRUNED  # it finished without a finite value of the objective
-        if state == optuna.trial.TrialState.PRUNED and impute and worst is not None:
-            state, score = optuna.trial.TrialState.COMPLETE, worst
+        if state == optuna.trial.TrialState.COMPLETE and len(scores) < len(both):
+            state = optuna.trial.TrialState.PRUNED  # it finished without a finite value of an objective
+        if state == optuna.trial.TrialState.PRUNED and impute and len(worst) == len(both):
+            state, scores = optuna.trial.TrialState.COMPLETE, worst
         active = {name: d for name, d in space.items() if name in trial.hparams}
         dead = trial.state in (TrialState.FAILED, TrialState.INFEASIBLE)
         frozen.append(
             optuna.trial.create_trial(
                 state=state,
-                value=score if state == optuna.trial.TrialState.COMPLETE else None,
+                values=scores if state == optuna.trial.TrialState.COMPLETE else None,
                 params={name: spaces.to_optuna(d, trial.hparams[name]) for name, d in active.items()},
                 distributions={name: d.distribution(name) for name, d in active.items()},
                 intermediate_values={}
-                if dead
+                if dead or second is not None  # Optuna compares them by one direction
                 else {
                     report.epoch: report.metrics[objective.metric]
                     for report in trial.reports
@@ -191,6 +243,7 @@ def make_study(space: Space, trials: Sequence[Trial], objective: Objective, *, i
                 },
                 user_attrs={
                     "hpt_torch/number": trial.number,
+                    "hpt_torch/round": trial.round,
                     **({"reason": trial.reason} if trial.reason else {}),
                 },
             )

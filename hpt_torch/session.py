@@ -6,6 +6,7 @@ What `hpt run` and `hpt_torch.tune` have in common. All checks come before the f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import os
@@ -29,10 +30,11 @@ from hpt_torch.executors import processes
 from hpt_torch.finale import choose
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
+from hpt_torch.objectives import objective_of
 from hpt_torch.observers import Observer
 from hpt_torch.points import points_of
 from hpt_torch.recipe import Recipe
-from hpt_torch.recipe_checks import check_hparams, did_you_mean, is_read
+from hpt_torch.recipe_checks import check_hparams, is_read
 from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.room import check_free
 from hpt_torch.rundir import RunDir, changes, environment, repository
@@ -72,10 +74,8 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     specs = task.hparam_specs()
     recipe, problems = _warm_started(recipe)
     problems += check_hparams(recipe, specs)
-    objective = task.objective
-    if recipe.objective.metric is not None and recipe.objective.direction is not None:
-        objective = Objective(metric=recipe.objective.metric, direction=recipe.objective.direction)
-    problems += _check_objective(objective, task)
+    objective, wrong = objective_of(recipe, task)
+    problems += wrong
     device = recipe.trainer.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         problems.append(
@@ -153,18 +153,6 @@ def _check_folds(recipe: Recipe, task: Task) -> list[Problem]:
     except TaskError as error:
         return [Problem("evaluation.folds" if folding is not None else "final.refit", str(error))]
     return []
-
-
-def _check_objective(objective: Objective, task: Task) -> list[Problem]:
-    """The metric must be one that the task measures on the rows that score trials."""
-    part, _, name = objective.metric.partition("/")
-    known = task.metric_names
-    if part == "valid" and (known is None or name in known):
-        return []
-    names = [f"valid/{metric}" for metric in known or ()]
-    among = f" and be one of {', '.join(names)}" if names else ""
-    hint = did_you_mean(objective.metric, names)
-    return [Problem("objective.metric", f"must begin with valid/{among}, got {objective.metric!r}{hint}")]
 
 
 def run(
@@ -248,12 +236,13 @@ def run(
 
 def identity(checked: Checked) -> dict[str, Any]:
     """What must be equal for a run to be continued, as its first event holds it."""
-    objective = checked.objective
+    second = recipes.second_of(checked.recipe)
     return {
         "format": FORMAT,
         "version": __version__,
         "recipe": tomllib.loads(checked.recipe.to_toml()),
-        "objective": {"metric": objective.metric, "direction": objective.direction},
+        "objective": dataclasses.asdict(checked.objective),
+        **({} if second is None else {"second": dataclasses.asdict(second)}),
         "data": checked.task.data().fingerprint(),
         "code": _code(checked.task),
     }

@@ -22,7 +22,7 @@ from hpt_torch.observers import Observer
 from hpt_torch.planning import Planning
 from hpt_torch.proposing import next_round
 from hpt_torch.race import Race
-from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, scheduler_of
+from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, scheduler_of, second_of
 from hpt_torch.record import (
     Event,
     Record,
@@ -97,6 +97,7 @@ class Tuner:
             crash=crash,
             folds=self.folds,
             max_parameters=search.max_parameters,
+            wants_flops=(second := second_of(recipe)) is not None and second.metric == "flops",
         )
         self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]

@@ -143,8 +143,8 @@ class Objective:
 
     def score(self, trial: Trial) -> float | None:
         """The trial's value, or None where it has none that is finite."""
-        value = trial.metrics.get(self.metric)
-        return value if value is not None and math.isfinite(value) else None
+        value = getattr(trial, self.metric) if self.metric in SIZES else trial.metrics.get(self.metric)
+        return float(value) if value is not None and math.isfinite(value) else None
 
     def standard_error(self, trial: Trial) -> float | None:
         """Of the mean over the trial's folds; None without folds. Folds share train rows, so it is too small

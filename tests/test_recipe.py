@@ -53,6 +53,7 @@ sizes = {choice = [[64], [64, 64], 1, 1.5, true, "é"], default = [64, 64]}
 [objective]
 metric = "valid/loss"
 direction = "minimize"
+second = {metric = "parameters", direction = "minimize"}
 
 [search]
 sampler = "random"

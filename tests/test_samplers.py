@@ -37,6 +37,7 @@ from hpt_torch.types import HParams, Objective, Report, Trial, TrialState
 
 Space = dict[str, Dimension]
 OBJECTIVE = Objective(metric="valid/accuracy", direction="maximize")
+SECOND = Objective(metric="parameters", direction="minimize")
 
 SPACES: dict[str, Space] = {
     "floats": {"dropout": Float(0, 0.6), "label_smoothing": Float(0, 0.2), "fixed": Float(0.5, 0.5)},
@@ -71,13 +72,16 @@ GP_SPACES = ["log", "choices", "conditions"]
 def cases(kinds: Sequence[str], gp_spaces: Sequence[str] = GP_SPACES) -> Any:
     found = []
     for kind in kinds:
-        for name in {"grid": COUNTABLE, "gp": gp_spaces}.get(kind, list(SPACES)):
-            marks = [pytest.mark.slow] if kind == "gp" else []
+        spaces = {"grid": COUNTABLE, "gp": gp_spaces, "gp, two": ["log"]}
+        for name in spaces.get(kind, list(SPACES)):
+            marks = [pytest.mark.slow] if kind.startswith("gp") else []
             found.append(pytest.param(kind, name, id=f"{kind}-{name}", marks=marks))
     return pytest.mark.parametrize(("kind", "name"), found)
 
 
-conformance = cases(["tpe", "random", "grid", "gp", "qmc"])
+# With a second objective beside the first: "tpe, two"
+KINDS = ["tpe", "random", "grid", "gp", "qmc", "nsga2", "tpe, two", "nsga2, two", "gp, two"]
+conformance = cases(KINDS)
 
 
 def score(point: HParams) -> float:
@@ -96,7 +100,16 @@ def trial(
     reports: tuple[Report, ...] = ()
     if value is not None:
         reports = (Report(trial=number, epoch=1, metrics={OBJECTIVE.metric: value}, seconds=0.0),)
-    return Trial(number=number, round=round, hparams=point, signature="", state=state, reports=reports)
+    parameters = 100 + 37 * number % 50
+    return Trial(
+        number=number,
+        round=round,
+        hparams=point,
+        signature="",
+        state=state,
+        reports=reports,
+        parameters=parameters,
+    )
 
 
 def ask(
@@ -114,8 +127,10 @@ def ask(
         history,
         numbers,
         round=round,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind.removesuffix(", two"),  # type: ignore[arg-type]
         objective=OBJECTIVE,
+        second=SECOND if kind.endswith(", two") else None,
+        size=6,
         seed=seed,
         queue=queue(space, points, start_with_defaults=start_with_defaults),
     )
@@ -128,7 +143,7 @@ def history_of(space: Space, count: int = 12, per_round: int = 6) -> list[Trial]
 
 
 def numbers_for(space: Space, kind: str, count: int = 6) -> range:
-    count = min(count, 3) if kind == "gp" else count
+    count = min(count, 3) if kind.startswith("gp") else count
     return range(min(count, grid_size(space))) if kind == "grid" else range(12, 12 + count)
 
 
@@ -139,7 +154,7 @@ def plain(points: Sequence[HParams]) -> list[str]:
 # -- conformance ---------------------------------------------------------------------------------------
 
 
-@cases(["tpe", "random", "grid", "gp", "qmc"], gp_spaces=list(SPACES))
+@cases(KINDS, gp_spaces=list(SPACES))
 def test_points_lie_in_the_space_and_have_its_types(kind: str, name: str) -> None:
     space = SPACES[name]
     for history in ([], history_of(space)):
@@ -263,14 +278,20 @@ def test_no_state_of_a_trial_is_an_error(kind: str, name: str, others: str) -> N
     assert len(ask(kind, space, history, numbers_for(space, kind, 2), 2)) == 2
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", pytest.param("gp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("tpe", "random", "nsga2", "tpe, two", "nsga2, two"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gp", "gp, two")),
+    ],
+)
 def test_a_complete_trial_may_lack_the_metric(kind: str) -> None:
     space = SPACES["log"]
     history = [*history_of(space), trial(20, 1, history_of(space)[0].hparams, None)]
     assert len(ask(kind, space, history, [30, 31], 2)) == 2
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "nsga2"])
 @pytest.mark.parametrize("when", [None, {"kind": ("a",)}], ids=["always", "conditional"])
 @pytest.mark.parametrize("name", ["x", "lr"])
 def test_a_real_step_of_one_is_a_step(kind: str, when: Any, name: str) -> None:
@@ -280,7 +301,7 @@ def test_a_real_step_of_one_is_a_step(kind: str, when: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("state", list(TrialState))
-@pytest.mark.parametrize("kind", ["tpe", "gp"])
+@pytest.mark.parametrize("kind", ["tpe", "gp", "nsga2", "tpe, two", "gp, two", "nsga2, two"])
 def test_a_history_of_one_state_only(kind: str, state: TrialState) -> None:
     space = SPACES["log"]
     history = [replace(t, state=state, reports=()) for t in history_of(space)]
@@ -289,7 +310,7 @@ def test_a_history_of_one_state_only(kind: str, state: TrialState) -> None:
     assert len(ask(kind, space, history, [12, 13], 2)) == 2
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "grid", "gp"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "grid", "gp", "nsga2"])
 def test_an_empty_space_has_one_point(kind: str) -> None:
     assert ask(kind, {}, [], [0], 0) == [{}]
 
@@ -307,7 +328,12 @@ def everything(kinds: Sequence[str]) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "kinds", [["tpe", "random", "grid"], pytest.param(["gp"], marks=pytest.mark.slow)], ids=", ".join
+    "kinds",
+    [
+        [k for k in KINDS if not k.startswith(("gp", "qmc"))],
+        pytest.param(["gp", "gp, two"], marks=pytest.mark.slow),
+    ],
+    ids=", ".join,
 )
 def test_another_process_suggests_the_same(kinds: list[str]) -> None:
     done = subprocess.run(
@@ -338,7 +364,7 @@ CONDITIONAL_DEFAULTS: Space = {
 }
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc", "nsga2"])
 def test_trial_0_is_the_defaults_and_the_rest_is_sampled(kind: str) -> None:
     seeds = [ask(kind, WITH_DEFAULTS, [], [0, 1], 0, seed=seed) for seed in range(4)]
     for first, second in seeds:
@@ -350,20 +376,20 @@ def test_trial_0_is_the_defaults_and_the_rest_is_sampled(kind: str) -> None:
     assert len({first["dropout"] for first, _ in seeds}) == 4
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc", "nsga2"])
 def test_defaults_whose_condition_fails_are_left_out(kind: str) -> None:
     (point,) = ask(kind, CONDITIONAL_DEFAULTS, [], [0], 0)
     assert set(point) == {"optimizer", "beta1", "lr"}
     assert (point["optimizer"], point["beta1"]) == ("adam", 0.9)
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc", "nsga2"])
 def test_start_with_defaults_can_be_switched_off(kind: str) -> None:
     (point,) = ask(kind, WITH_DEFAULTS, [], [0], 0, start_with_defaults=False)
     assert point["lr"] != 1e-3
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc"])
+@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "qmc", "nsga2"])
 def test_points_come_first_and_what_they_leave_open_is_sampled(kind: str) -> None:
     given = [{"lr": 0.01}, {"lr": 0.02, "width": 32}]
     first, one, two, three = ask(kind, WITH_DEFAULTS, [], [0, 1, 2, 3], 0, points=given)

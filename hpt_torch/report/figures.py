@@ -11,6 +11,7 @@ from typing import Any
 
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import robust
+from hpt_torch.samplers import make_study
 from hpt_torch.schedulers.lineage import lineage, phases
 from hpt_torch.space import Choice, is_log
 from hpt_torch.types import RunError, Trial
@@ -24,8 +25,9 @@ _FAINT = "rgba(120, 130, 140, 0.25)"
 class Plots:
     """Each method gives a plotly Figure, to show, to change (`update_layout`) or to save (`write_html`)."""
 
-    def __init__(self, summary: Summary, study: Any) -> None:
-        self._summary, self._study = summary, study
+    def __init__(self, summary: Summary) -> None:
+        self._summary = summary
+        self._study = make_study(summary.space, summary.trials, summary.objective)
         self._metric = summary.objective.metric
 
     def progress(self) -> Any:
@@ -47,6 +49,18 @@ class Plots:
     def importance(self) -> Any:
         """The share of the score's variance that each hyperparameter explains."""
         return self._optuna("plot_param_importances", target_name=self._metric)
+
+    def pareto(self) -> Any:
+        """Both objectives of each trial, and the Pareto set. Raises RunError where there is one objective."""
+        second = self._summary.second
+        if second is None:
+            raise RunError("the run has one objective; set objective.second to see two against each other")
+        _plotly()
+        from optuna.visualization import plot_pareto_front
+
+        study = make_study(self._summary.space, self._summary.trials, self._summary.objective, second)
+        figure = plot_pareto_front(study, target_names=[self._metric, second.metric])
+        return figure.update_layout(template="plotly_white")
 
     def curves(self, metric: str | None = None) -> Any:
         """A metric over epochs, such as "loss" (default: the objective's). Bold: valid of the best trials,

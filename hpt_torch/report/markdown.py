@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hpt_torch.report import findings
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import number
-from hpt_torch.report.terminal import show_seconds, show_value
+from hpt_torch.report.terminal import show_score, show_seconds, show_value
 from hpt_torch.types import Trial, printable
 
 TOP = 5
@@ -39,15 +41,23 @@ def markdown(summary: Summary) -> str:
     if first is not None and first is not best:
         answer.append(f"declared defaults {_score(summary, first)}")
     lines.append(f"{'; '.join(answer)}.")
-    names = [plain(name) for name in summary.space]
-    lines += ["", _row(["trial", plain(summary.objective.metric), *names, "epochs", "seconds"])]
-    lines.append(_row(["--:"] * (4 + len(names))))
-    for trial in summary.ranked[:TOP]:
+    lines += _table(summary, summary.ranked[:TOP])
+    if summary.second is not None:
+        both = f"{plain(summary.objective.metric)} and {plain(summary.second.metric)}"
+        lines += ["", f"Pareto set of {both}:", *_table(summary, summary.pareto)]
+    return "\n".join([*lines, *_failed(summary)]) + "\n"
+
+
+def _table(summary: Summary, trials: Sequence[Trial]) -> list[str]:
+    objectives = [summary.objective, *([] if summary.second is None else [summary.second])]
+    heads = [plain(name) for name in (*(one.metric for one in objectives), *summary.space)]
+    lines = ["", _row(["trial", *heads, "epochs", "seconds"]), _row(["--:"] * (3 + len(heads)))]
+    for trial in trials:
         values = [plain(show_value(trial.hparams[n])) if n in trial.hparams else "–" for n in summary.space]
         seconds = sum(report.seconds for report in trial.reports)
-        cells = [_score(summary, trial), *values, str(trial.epoch), f"{seconds:.2f}"]
-        lines.append(_row([str(trial.number), *cells]))
-    return "\n".join([*lines, *_failed(summary)]) + "\n"
+        scores = [show_score(one, trial) for one in objectives]
+        lines.append(_row([str(trial.number), *scores, *values, str(trial.epoch), f"{seconds:.2f}"]))
+    return lines
 
 
 def _failed(summary: Summary) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 
 from hpt_torch.record import Record
-from hpt_torch.report import advice, choice, findings, plots, population
+from hpt_torch.report import advice, choice, findings, pareto, plots, population
 from hpt_torch.report.diagnosis import diagnose, replay_scores
 from hpt_torch.report.plots import View
 from hpt_torch.report.shell import document
@@ -38,6 +38,7 @@ def page(record: Record, summary: Summary) -> str:
         ("answer", "", _answer(view)),
         ("findings", "What to look at", advice.as_html(found)),
         ("choice", "The choice", choice.section(summary)),
+        ("pareto", "Two objectives", pareto.section(view)),
         ("compared", "At equal compute", _compared(record, summary)),
         ("progress", "Progress", _progress(view)),
         ("curves", "Learning curves", _curves(view)),
@@ -68,6 +69,7 @@ def page(record: Record, summary: Summary) -> str:
 
 _SHORT = {
     "choice": "Choice",
+    "pareto": "Pareto",
     "answer": "Answer", "findings": "Findings", "compared": "Compared", "progress": "Progress",
     "curves": "Curves", "population": "Lineage", "parallel": "Parallel",
     "slices": "Slices", "importance": "Importance", "interaction": "Pairs", "timeline": "Timeline",
@@ -82,9 +84,10 @@ def _header(record: Record, summary: Summary) -> str:
     when = datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     state = "finished" if done else "not finished"
     objective, many = summary.objective, "" if (summary.planned or len(summary.trials)) == 1 else "s"
+    also = f", {summary.second.direction} {escape(summary.second.metric)}" if summary.second else ""
     return (
         f'<h1>{escape(summary.name)} <span class="pill {"done" if done else "open"}">{state}</span></h1>'
-        f"<p>{objective.direction} {escape(objective.metric)} · "
+        f"<p>{objective.direction} {escape(objective.metric)}{also} · "
         f"{len(summary.trials):,}{planned} trial{many} · as recorded by {when}</p>"
     )
 

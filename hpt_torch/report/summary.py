@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from hpt_torch.record import Record
 from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
+from hpt_torch.report.front import front
 from hpt_torch.space import Space, parse_dimension, thaw
 from hpt_torch.steered import steered
 from hpt_torch.types import SIZES, HParams, Objective, RunError, Trial, TrialState
@@ -37,6 +39,13 @@ class Summary:
     sessions: int
     planned: int | None  # trials the recipe asks for; None: until the time is used up
     environment: Mapping[str, Any]
+    second: Objective | None = None
+
+    @property
+    def pareto(self) -> tuple[Trial, ...]:
+        """The trials that no other one beats in both objectives, best in the first one first; none where
+        there is one objective."""
+        return () if self.second is None else front(self.trials, self.objective, self.second)
 
     @property
     def holdout_bounds(self) -> tuple[float, float] | None:
@@ -116,6 +125,7 @@ def summarise(record: Record) -> Summary:
         sessions=len(sessions),
         planned=_planned(record),
         environment=sessions[-1].body if sessions else {},
+        second=Objective(**begun.body["second"]) if "second" in begun.body else None,
     )
 
 
@@ -130,7 +140,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     best = summary.best
     return {
         "name": summary.name,
-        "objective": {"metric": summary.objective.metric, "direction": summary.objective.direction},
+        **_objectives(summary),
         "best": None
         if best is None
         else {
@@ -167,7 +177,7 @@ def canonical(summary: Summary) -> str:
     """What two equal runs have in common, byte for byte: no times, hosts, processes or paths."""
     best = summary.best
     data = {
-        "objective": {"metric": summary.objective.metric, "direction": summary.objective.direction},
+        **_objectives(summary),
         "best": None
         if best is None
         else {
@@ -193,6 +203,15 @@ def canonical(summary: Summary) -> str:
         ],
     }
     return json.dumps(_hex(data), sort_keys=True, indent=1) + "\n"
+
+
+def _objectives(summary: Summary) -> dict[str, Any]:
+    """The objective; where there is a second one it too, and the numbers of the Pareto set."""
+    found: dict[str, Any] = {"objective": dataclasses.asdict(summary.objective)}
+    if summary.second is not None:
+        found["second"] = dataclasses.asdict(summary.second)
+        found["pareto"] = [trial.number for trial in summary.pareto]
+    return found
 
 
 def _confirmation(found: Confirmation | None) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ def logarithmic(low: float, high: float) -> Scale:
         return Scale(low, high, [(10.0**p, text) for p, text in zip(powers, texts, strict=True)], True)
     fine = [m * 10.0**p for p in range(first - 1, last + 1) for m in (1, 2, 5)]
     shown = [v for v in fine if low * 0.999 <= v <= high * 1.001] or [low, high]
-    return Scale(low, high, [(v, f"{v:.3g}") for v in shown], True)
+    return Scale(low, high, [(v, f"{v:,.0f}" if 1e3 <= v < 1e6 else f"{v:.3g}") for v in shown], True)
 
 
 def options(labels: Sequence[str]) -> Scale:

@@ -22,11 +22,12 @@ def trial_table(view: View) -> str:
     train = "train/" + metric.removeprefix("valid/")
     has_train = any(train in trial.metrics for trial in summary.trials)
     names = list(summary.space)
-    train = train if has_train else ""
-    labels = ["trial", "state", metric, *([train] if train else []), *names, *summary.sizes]
-    labels += ["epochs", "seconds"]
+    metrics = [metric, *([train] if has_train else [])]
+    if summary.second is not None and summary.second.metric not in (*summary.sizes, train):
+        metrics.append(summary.second.metric)
+    labels = ["trial", "state", *metrics, *names, *summary.sizes, "epochs", "seconds"]
     head = "".join(f'<th scope="col"><button type="button">{escape(label)}</button></th>' for label in labels)
-    rows = "".join(_row(view, trial, names, train) for trial in summary.trials)
+    rows = "".join(_row(view, trial, names, metrics) for trial in summary.trials)
     return (
         '<p class="note">Click a column’s head to sort; again to turn it round.</p>'
         f'<div class="scroll tall"><table class="trials"><thead><tr>{head}</tr></thead>'
@@ -34,10 +35,10 @@ def trial_table(view: View) -> str:
     )
 
 
-def _row(view: View, trial: Trial, names: list[str], train: str) -> str:
+def _row(view: View, trial: Trial, names: list[str], metrics: list[str]) -> str:
     state = trial.state.value.lower()
     cells = [f'<td class="key s-{state}"{_title(last_line(trial.reason))}>{state}</td>']
-    for metric in (view.summary.objective.metric, *([train] if train else [])):
+    for metric in metrics:
         value = trial.metrics.get(metric)
         # the whole number too: what is shown may tie where the values do not
         cells.append("<td>–</td>" if value is None else f'<td data-v="{value!r}">{number(value)}</td>')

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpt_torch.report.summary import Summary
+from hpt_torch.report.svg import number
 from hpt_torch.space import thaw
-from hpt_torch.types import Trial
+from hpt_torch.types import SIZES, Objective, Trial
 
 TOP = 10
 
@@ -20,6 +21,14 @@ def show_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(thaw(value))
+
+
+def show_score(objective: Objective, trial: Trial) -> str:
+    """A trial's value of an objective; sizes as whole numbers."""
+    score = objective.score(trial)
+    if score is None:
+        return "–"
+    return f"{score:,.0f}" if objective.metric in SIZES else number(score)
 
 
 def show_seconds(seconds: float) -> str:
@@ -34,7 +43,11 @@ def render(summary: Summary, width: int = 100) -> RenderableType:
     """The answer first: the best trial and its figures, then the top ten, then what went wrong."""
     parts: list[RenderableType] = [*_answer(summary)]
     if summary.ranked:
-        parts.append(_table(summary, summary.ranked[:TOP], width))
+        title = f"Top {len(summary.ranked[:TOP])} of {len(summary.ranked)} complete trials"
+        parts.append(_table(summary, summary.ranked[:TOP], width, title))
+    if summary.second is not None and summary.pareto:
+        title = f"Pareto set of {summary.objective.metric} and {summary.second.metric}"
+        parts.append(_table(summary, list(summary.pareto), width, title))
     failed = [t for t in summary.trials if t.reason]
     if failed:
         parts.append(
@@ -87,15 +100,17 @@ def _answer(summary: Summary) -> list[Text]:
     return lines
 
 
-def _table(summary: Summary, trials: list[Trial], width: int) -> Table:
+def _table(summary: Summary, trials: list[Trial], width: int, title: str) -> Table:
     """A column a hyperparameter where they fit, else one column with all of them."""
     metric, names = summary.objective.metric, list(summary.space)
     cells = [[show_value(t.hparams[n]) if n in t.hparams else "–" for n in names] for t in trials]
     widths = [max(len(text) for text in column) for column in zip(names, *cells, strict=True)]
-    wide = sum(widths) + 3 * len(names) + len(metric) + 30 <= width
-    table = Table(title=f"Top {len(trials)} of {len(summary.ranked)} complete trials", title_justify="left")
-    table.add_column("trial", justify="right")
-    table.add_column(metric, justify="right")
+    second = [] if summary.second is None else [summary.second]
+    heads = [metric, *(one.metric for one in second)]
+    wide = sum(widths) + 3 * len(names) + sum(map(len, heads)) + 30 <= width
+    table = Table(title=title, title_justify="left")
+    for label in ("trial", *heads):
+        table.add_column(label, justify="right")
     for label in names if wide else ["hyperparameters"]:
         table.add_column(label, justify="right" if wide else "left", overflow="fold")
     table.add_column("epochs", justify="right")
@@ -107,6 +122,7 @@ def _table(summary: Summary, trials: list[Trial], width: int) -> Table:
         table.add_row(
             str(trial.number),
             f"{score:.4f}",
+            *(show_score(one, trial) for one in second),
             *(values if wide else joined),
             str(trial.epoch),
             f"{seconds:.2f}",

@@ -71,6 +71,14 @@ def tune(
 
     Raises RecipeError (a ValueError) for wrong arguments, before anything is written; RunMismatchError when
     `run_dir` belongs to other arguments. Ctrl-C saves and raises KeyboardInterrupt.
+
+    >>> import hpt_torch as hpt
+    >>> from hpt_torch.models import MLP
+    >>> task = hpt.Classification(MLP, hpt.data.digits())
+    >>> space = {"lr": hpt.Float(1e-3, 0.1), "dropout": hpt.Float(0.0, 0.5)}
+    >>> result = hpt.tune(task, space, trials=4, epochs=2, progress=False)
+    >>> sorted(result.best.hparams), 0.5 < result.holdout["holdout/accuracy"] <= 1
+    (['dropout', 'lr'], True)
     """
     if not isinstance(task, Task):
         raise RecipeError("tune()", [Problem("task", f"must be a hpt_torch.Task, got {type(task).__name__}")])

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 from pydantic import Field, ValidationError
 
+from hpt_torch import grids
 from hpt_torch import space as spaces
 from hpt_torch.overrides import apply_overrides
 from hpt_torch.recipe_checks import cross_check, did_you_mean, homes
@@ -187,7 +188,7 @@ def planned_trials(recipe: Recipe) -> int | None:
         return recipe.search.trials
     if not recipe.space:
         return 1
-    return spaces.grid_size(recipe.space) if recipe.search.sampler == "grid" else None
+    return grids.size(recipe.space) if recipe.search.sampler == "grid" else None
 
 
 # -- messages ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpt_torch import grids
 from hpt_torch import space as spaces
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.points import check_points
@@ -32,7 +33,7 @@ def cross_check(recipe: Recipe) -> list[Problem]:
             problems.append(Problem(f"hparams.{name}", "is also in [space]; keep one of the two"))
     if recipe.search.sampler == "grid" and not problems:
         try:
-            size = spaces.grid_size(recipe.space)
+            size = grids.size(recipe.space)
         except SpaceError as error:
             problems.append(Problem("search.sampler", f"grid: {error}"))
         else:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
 
 class Result:
-    """The trials of a run, the best of them, and its model. Made by `tune`, or from a run directory."""
+    """The trials of a run, the best of them, and its model. Made by `tune`, or from a run directory.
+
+    >>> import hpt_torch as hpt
+    >>> from hpt_torch.models import Linear
+    >>> task = hpt.Classification(Linear, hpt.data.iris())
+    >>> hpt.tune(task, {"lr": hpt.Float(1e-3, 0.1)}, trials=4, epochs=2, run_dir="runs/iris", progress=False)
+    Result('runs/iris': 4 complete; best is trial ... with valid/accuracy=0... at lr=0...)
+    >>> result = hpt.Result("runs/iris", task)
+    >>> result.best_model()
+    Linear(...)
+    """
 
     def __init__(self, path: str | Path, task: Task | None = None) -> None:
         self.path = Path(path)

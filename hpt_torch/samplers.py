@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from hpt_torch import grids
 from hpt_torch import space as spaces
 from hpt_torch.seeding import derive_seed, generator
 from hpt_torch.space import Space
@@ -49,7 +50,7 @@ def suggest(
     if not space:
         return [{} for _ in numbers]
     if kind == "grid":
-        points = list(spaces.grid(space))
+        points = list(grids.points(space))
         order = generator(seed, "grid").permutation(len(points))
         return [dict(points[order[number]]) for number in numbers]
     if kind == "qmc":

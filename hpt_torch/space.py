@@ -8,11 +8,10 @@ momentum    = {float = [0.0, 0.99], when = {optimizer = ["sgd"]}}
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from hpt_torch.hparams import ALWAYS_LOG
 from hpt_torch.types import HParamValue, Problem, SpaceError, is_int, is_number
 
 When = Mapping[str, Sequence[HParamValue]]
-_MAX_GRID = 100_000
 
 
 def freeze(value: Any) -> HParamValue:
@@ -371,41 +369,3 @@ def _same(a: HParamValue, b: HParamValue) -> bool:
 def defaults(space: Space) -> dict[str, HParamValue]:
     """The declared defaults."""
     return {name: d.default for name, d in space.items() if d.default is not None}
-
-
-def grid_size_bound(space: Space) -> int:
-    """The points of the grid if no dimension had a condition. Raises SpaceError as `grid` does."""
-    size = 1
-    for name, dimension in space.items():
-        count = dimension.count()
-        if count is None:
-            raise SpaceError(f"space.{name}: a grid needs values that can be counted; give step or a choice")
-        size *= count
-    if size > _MAX_GRID:
-        raise SpaceError(f"the grid has more than {_MAX_GRID:,} points; use another sampler or fewer values")
-    return size
-
-
-def grid(space: Space) -> Iterator[dict[str, HParamValue]]:
-    """Every point of a space that can be counted, first name slowest; inactive dimensions are left out.
-
-    Raises SpaceError where a dimension is continuous or the grid has more than a hundred thousand points.
-    """
-    grid_size_bound(space)
-    names, seen = ordered(space), set()
-    for combination in itertools.product(*(space[name].values() for name in names)):
-        point: dict[str, HParamValue] = {}
-        for name, value in zip(names, combination, strict=True):
-            if is_active(space[name], point):
-                point[name] = value
-        key = tuple((name, encode(value)) for name, value in point.items())
-        if key not in seen:
-            seen.add(key)
-            yield point
-
-
-def grid_size(space: Space) -> int:
-    """How many points `grid` gives."""
-    if all(dimension.when is None for dimension in space.values()):
-        return grid_size_bound(space)
-    return sum(1 for _ in grid(space))

@@ -31,7 +31,12 @@ def is_number(value: Any) -> bool:
 
 
 class TrialState(StrEnum):
-    """Where a trial stands. The names are Optuna's, with two of our own."""
+    """Where a trial stands. The names are Optuna's, with two of our own.
+
+    >>> import hpt_torch as hpt
+    >>> hpt.TrialState.PRUNED.is_finished, hpt.TrialState.PAUSED.is_finished
+    (True, False)
+    """
 
     WAITING = "WAITING"  # planned, not yet begun
     RUNNING = "RUNNING"
@@ -71,7 +76,12 @@ class Folding:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one member measured at a boundary."""
+    """What one member measured at a boundary.
+
+    >>> import hpt_torch as hpt
+    >>> hpt.Report(trial=0, epoch=1, metrics={"valid/accuracy": 0.9}, seconds=0.1).metrics["valid/accuracy"]
+    0.9
+    """
 
     trial: int
     epoch: int  # epochs trained so far, 1-based
@@ -91,7 +101,13 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One point of the search space and what became of it. Read-only: the record makes new ones."""
+    """One point of the search space and what became of it. Read-only: the record makes new ones.
+
+    >>> import hpt_torch as hpt
+    >>> report = hpt.Report(trial=3, epoch=1, metrics={"valid/accuracy": 0.9}, seconds=0.1)
+    >>> hpt.Trial(number=3, round=0, hparams={"lr": 0.1}, signature="", reports=(report,)).epoch
+    1
+    """
 
     number: int
     round: int
@@ -136,7 +152,12 @@ def means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is optimised: a metric's value at a trial's last report."""
+    """What is optimised: a metric's value at a trial's last report, or one of `SIZES`.
+
+    >>> import hpt_torch as hpt
+    >>> hpt.Objective(metric="valid/accuracy", direction="maximize").better(0.9, 0.8)
+    True
+    """
 
     metric: str
     direction: Literal["maximize", "minimize"]
@@ -191,7 +212,15 @@ Decision = Stop | Exploit  # Continue is saying nothing; Pause and Resume join w
 
 
 class HptError(Exception):
-    """Every error that hpt_torch raises on purpose. The message says rule, value and remedy."""
+    """Every error that hpt_torch raises on purpose. The message says rule, value and remedy.
+
+    >>> import hpt_torch as hpt
+    >>> try:
+    ...     hpt.Float(1.0, 0.1)
+    ... except hpt.HptError as error:
+    ...     print(error)
+    low must be at most high, got [1, 0.1]
+    """
 
 
 class UserInputError(HptError, ValueError):
@@ -211,7 +240,15 @@ class Problem:
 
 
 class RecipeError(UserInputError):
-    """All the problems of a recipe (or of the arguments of `tune`), shown at once."""
+    """All the problems of a recipe (or of the arguments of `tune`), shown at once.
+
+    >>> import hpt_torch as hpt
+    >>> try:
+    ...     hpt.tune("no task", {"lr": hpt.Float(0.1, 1.0)}, trials=3)
+    ... except hpt.RecipeError as error:
+    ...     print(error.problems[0])
+    task: must be a hpt_torch.Task, got str
+    """
 
     def __init__(self, source: str, problems: list[Problem]) -> None:
         self.source, self.problems = source, tuple(problems)
@@ -228,11 +265,27 @@ class TaskError(UserInputError):
 
 
 class InfeasibleError(HptError):
-    """These hyperparameters allow no model. Raised by `build_model`; the trial ends INFEASIBLE."""
+    """These hyperparameters allow no model. Raised by `build_model`; the trial ends INFEASIBLE.
+
+    >>> import torch, hpt_torch as hpt
+    >>> def build_model(hparams):
+    ...     if hparams["heads"] > 8:
+    ...         raise hpt.InfeasibleError(f"64 features are too few for {hparams['heads']} heads")
+    ...     return torch.nn.MultiheadAttention(64, hparams["heads"])
+    >>> build_model({"heads": 16})
+    Traceback (most recent call last):
+    hpt_torch.types.InfeasibleError: 64 features are too few for 16 heads
+    """
 
 
 class RunError(HptError):
-    """A run directory that cannot be used as asked."""
+    """A run directory that cannot be used as asked.
+
+    >>> import hpt_torch as hpt
+    >>> hpt.Result("no/such/run")
+    Traceback (most recent call last):
+    hpt_torch.types.RunError: no/such/run is not a run directory: it has no run.db
+    """
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpt_torch import samplers
+from hpt_torch import grids, samplers
 from hpt_torch.points import queue
 from hpt_torch.samplers import make_study, suggest
 from hpt_torch.space import (
@@ -27,8 +27,6 @@ from hpt_torch.space import (
     Float,
     Int,
     dump_dimension,
-    grid,
-    grid_size,
     is_active,
     ordered,
     thaw,
@@ -144,7 +142,7 @@ def history_of(space: Space, count: int = 12, per_round: int = 6) -> list[Trial]
 
 def numbers_for(space: Space, kind: str, count: int = 6) -> range:
     count = min(count, 3) if kind.startswith("gp") else count
-    return range(min(count, grid_size(space))) if kind == "grid" else range(12, 12 + count)
+    return range(min(count, grids.size(space))) if kind == "grid" else range(12, 12 + count)
 
 
 def plain(points: Sequence[HParams]) -> list[str]:
@@ -431,11 +429,11 @@ def test_quasi_random_points_fill_every_sixteenth() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_grid_visits_every_point_once_in_any_rounds(name: str, seed: int) -> None:
     space = SPACES[name]
-    size, visited = grid_size(space), []
+    size, visited = grids.size(space), []
     for round, start in enumerate(range(0, size, 7)):
         numbers = range(start, min(start + 7, size))
         visited += ask("grid", space, history_of(space), numbers, round, seed=seed)
-    assert sorted(plain(visited)) == sorted(plain(list(grid(space))))
+    assert sorted(plain(visited)) == sorted(plain(list(grids.points(space))))
     assert len(set(plain(visited))) == size
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpt_torch import grids
 from hpt_torch import space as spaces
 from hpt_torch.hparams import ALWAYS_LOG
 from hpt_torch.space import (
@@ -24,7 +25,6 @@ from hpt_torch.space import (
     dump_dimension,
     encode,
     freeze,
-    grid,
     is_active,
     is_log,
     ordered,
@@ -309,7 +309,7 @@ def test_a_condition_that_the_checks_accept_can_hold() -> None:
     """TOML's 1 is a possible value of a real dimension, so it must be equal to that dimension's 1.0."""
     space = {"dropout": Float(0, 1, step=0.5), "width": Int(1, 2, when={"dropout": (1,)})}
     assert check_space(space) == []
-    assert {"dropout": 1.0, "width": 2} in list(grid(space))
+    assert {"dropout": 1.0, "width": 2} in list(grids.points(space))
 
 
 def test_defaults() -> None:
@@ -323,7 +323,7 @@ def test_defaults() -> None:
 
 
 def test_grid_of_a_conditional_space() -> None:
-    points = list(grid(CONDITIONAL))
+    points = list(grids.points(CONDITIONAL))
     assert points == [
         {"optimizer": "adam"},
         {"optimizer": "sgd", "momentum": 0.0},
@@ -333,24 +333,24 @@ def test_grid_of_a_conditional_space() -> None:
 
 
 def test_grid_order_and_size() -> None:
-    points = list(grid({"a": Int(1, 3), "b": Choice(["x", [1]])}))
+    points = list(grids.points({"a": Int(1, 3), "b": Choice(["x", [1]])}))
     assert [tuple(point.values()) for point in points] == [
         (1, "x"), (1, (1,)), (2, "x"), (2, (1,)), (3, "x"), (3, (1,)),
     ]  # fmt: skip
-    assert list(grid({})) == [{}]
+    assert list(grids.points({})) == [{}]
 
 
 def test_grid_keeps_points_that_only_look_equal() -> None:
-    assert len(list(grid({"a": Choice([1, 1.0, True, "1"])}))) == 4
+    assert len(list(grids.points({"a": Choice([1, 1.0, True, "1"])}))) == 4
 
 
 def test_grid_refuses_what_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpaceError, match=r"space\.lr: a grid needs values that can be counted; give step"):
-        list(grid({"n": Int(1, 2), "lr": Float(0.1, 0.2)}))
-    monkeypatch.setattr(spaces, "_MAX_GRID", 5)
-    assert len(list(grid({"n": Int(1, 5)}))) == 5
+        list(grids.points({"n": Int(1, 2), "lr": Float(0.1, 0.2)}))
+    monkeypatch.setattr(grids, "_MAX_GRID", 5)
+    assert len(list(grids.points({"n": Int(1, 5)}))) == 5
     with pytest.raises(SpaceError, match="more than 5 points; use another sampler or fewer values"):
-        list(grid({"n": Int(1, 2), "m": Int(1, 3)}))
+        list(grids.points({"n": Int(1, 2), "m": Int(1, 3)}))
 
 
 @given(
@@ -360,7 +360,7 @@ def test_grid_refuses_what_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_grid_has_every_point_once(sizes: list[int], needed: set[int]) -> None:
     space: dict[str, Dimension] = {f"n{i}": Int(1, size) for i, size in enumerate(sizes)}
     space["child"] = Choice(["x", "y"], when={"n0": tuple(needed)})
-    points = list(grid(space))
+    points = list(grids.points(space))
     assert len({json.dumps(point, sort_keys=True) for point in points}) == len(points)
     active = len(needed & set(range(1, sizes[0] + 1)))
     assert len(points) == (sizes[0] + active) * math.prod(sizes[1:])

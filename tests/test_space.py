@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpt_torch import grids
-from hpt_torch import space as spaces
 from hpt_torch.hparams import ALWAYS_LOG
 from hpt_torch.space import (
     Choice,

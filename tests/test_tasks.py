@@ -66,7 +66,8 @@ def test_classification_learns(model: Any, loss: str) -> None:
     every = ["accuracy", "top5", "f1", "precision", "recall", "roc_auc"]
     task = Classification(model, _blobs(), metrics=every)
     metrics, trained = _train(task, 8, loss=loss, label_smoothing=0.05)
-    assert {f"{part}/{name}" for part in ("train", "valid") for name in ("loss", *every)} == set(metrics)
+    both = {f"{part}/{name}" for part in ("train", "valid") for name in ("loss", *every)}
+    assert set(metrics) == {*both, "train/grad_norm"}
     assert metrics["valid/accuracy"] > 0.9
     assert metrics["valid/roc_auc"] > 0.95
     valid = task.data().valid.tensors
@@ -353,7 +354,9 @@ def test_augmentation_changes_training_and_not_evaluation() -> None:
     assert same == _train(task, 2)[0]
     assert same != _train(task, 2, augment=True, crop_padding=0.0, flip_probability=0.5)[0]
     untrained = _train(task, 1, augment=True, cutout_size=6.0, lr=1e-30)[0]
-    assert untrained == _train(task, 1, lr=1e-30)[0]
+    plain = _train(task, 1, lr=1e-30)[0]
+    assert untrained.pop("train/grad_norm") != plain.pop("train/grad_norm")
+    assert untrained == plain
 
 
 # -- errors --------------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def test_the_canonical_report_does_not_know_the_table(
     assert _recorded(tmp_path / "own") != _recorded(tmp_path / "shipped")
 
 
+@pytest.mark.slow
 def test_confirmations_and_baselines_plan_as_the_run_that_they_belong_to(
     table: Path, tmp_path: Path, run_quick: RunQuick, digits_task: Task
 ) -> None:

@@ -128,6 +128,7 @@ def test_power_cuts_with_batch_sizes_that_change(
         assert run_quick(path, raw=POPULATION) == expected, step
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not processes.supported(), reason="workers are forked, on Linux only")
 @pytest.mark.parametrize("engine", ["loop", "fused"])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, run_quick: RunQuick, engine: str) -> None:

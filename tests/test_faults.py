@@ -291,6 +291,7 @@ def _killed_in_a_commit(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_kill_inside_a_commit_without_wal(tmp_path: Path, run_quick: RunQuick) -> None:
     """What SQLite must undo is undone for those who only read, too: for the report, and before going on."""
     expected = run_quick(tmp_path / "run")

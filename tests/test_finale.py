@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before_reading", [True, False], ids=["before the hold-out is read", "after"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_damaged_file_of_weights_is_made_again(

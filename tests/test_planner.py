@@ -126,6 +126,7 @@ class _Fills(FusedTrainer):
         return super().init(trials, hparams)
 
 
+@pytest.mark.slow
 def test_a_group_that_the_memory_does_not_hold_is_halved_and_later_groups_are_no_larger(
     tmp_path: Path, run_quick: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_trials_stop_at_rungs_and_what_goes_on_is_as_it_would_be_alone(
     assert len([*(tmp_path / "run/checkpoints").iterdir()]) == 1  # the best weights
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not processes.supported(), reason="workers are forked, on Linux only")
 @pytest.mark.parametrize("engine", ["loop", "fused"])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, run_quick: RunQuick, engine: str) -> None:

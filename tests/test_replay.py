@@ -31,6 +31,7 @@ def _run(raw: dict[str, Any], task: Task, path: Path) -> Result:
     return Result(path, task)
 
 
+@pytest.mark.slow
 def test_the_exported_schedule_gives_the_winners_weights_bit_for_bit(
     tmp_path: Path, digits_task: Task
 ) -> None:
@@ -74,6 +75,7 @@ def test_replays_differ_in_their_seeds_and_share_the_split(tmp_path: Path, digit
     assert canonical_of(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_killed_replay_goes_on(tmp_path: Path, digits_task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     switch = PowerSwitch(monkeypatch)
     _run(LOOP, digits_task, tmp_path / "run")
@@ -116,6 +118,7 @@ def test_the_verdict_is_students_t() -> None:
     assert "failed" in _replay(0.9, []).verdict
 
 
+@pytest.mark.slow
 def test_baselines_are_ordinary_runs_at_equal_compute(tmp_path: Path, digits_task: Task) -> None:
     with_baselines = {**LOOP, "scheduler": {**LOOP["scheduler"], "baseline": True}}
     _run(with_baselines, digits_task, tmp_path / "run")

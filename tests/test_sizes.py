@@ -186,6 +186,7 @@ def test_tune_has_it_too(digits_task: tasks.Task, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_power_cut_changes_nothing(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
 ) -> None:

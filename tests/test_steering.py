@@ -104,6 +104,7 @@ def test_a_run_that_has_ended_goes_on_for_what_is_asked(tmp_path: Path, run_quic
     assert run_quick(path, "search.trials=3") == whole  # nothing is left to do, and it knows
 
 
+@pytest.mark.slow
 def test_power_cuts_while_a_run_is_steered(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_stopped_trial_leaves_and_the_others_do_not_notice(
     assert "trial 1 is stopped" in at.said
 
 
+@pytest.mark.slow
 def test_a_stop_in_a_race_and_with_folds(tmp_path: Path, run_quick: RunQuick) -> None:
     run_quick(tmp_path / "calm", "trainer.engine=fused", raw=RACE)
     best = next(t for t in trials_of(tmp_path / "calm") if t.state is TrialState.COMPLETE)

@@ -146,6 +146,7 @@ def test_a_trial_that_runs_out_of_memory_ends_alone(
         assert all(trial.reason.endswith("MemoryError\n") for trial in failed)
 
 
+@pytest.mark.slow
 def test_a_halted_worker_does_not_hold_up_a_stop(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification
 ) -> None:
@@ -220,6 +221,7 @@ class _Stuck(Classification):
         return super().loss(model, batch, hparams)
 
 
+@pytest.mark.slow
 def test_a_trial_that_hangs_fails_and_the_others_do_not(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification
 ) -> None:

@@ -197,7 +197,8 @@ def _progress(view: View) -> str:
     if view.rail:
         notes.append("Trials without a score are at the bottom.")
     if view.cut:
-        notes.append(f"{view.cut} scores are beyond the axis and drawn small at its edge.")
+        scores = "score is" if view.cut == 1 else "scores are"
+        notes.append(f"{view.cut} {scores} beyond the axis and drawn small at its edge.")
     return f"{_note(' '.join(notes))}<p class=legend>{_legend(view)}</p>{plots.progress(view)}"
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from conftest import ROOT
 from rich.console import Console
 from test_calibration import OWN, TINY
@@ -38,7 +37,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return calibration.path()
 
 
-def _doctor(*options: str) -> Result:
+def _doctor(*options: str) -> Any:
     done = CliRunner().invoke(app, ["doctor", *options])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done

@@ -45,7 +45,7 @@ class CrashLog:
                 if _watching or before:
                     faulthandler.enable(_watching[-1] if _watching else _STDERR)
                 self._file = None
-        self.path.unlink()
+                self.path.unlink(missing_ok=True)
 
     def note(self, doing: str) -> str:
         """Says what comes next, on one line. Where the session before crashed at it, returns its stack; else

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hpt_torch.head import Head
+from hpt_torch import head
 from hpt_torch.space import freeze, thaw
 from hpt_torch.types import SIZES, DamageError, Phase, Report, RunError, Trial, TrialState, is_int
 
@@ -87,11 +87,10 @@ class Record:
         self.trials: dict[int, Trial] = {}
         self.state_files: dict[str, list[StateFile]] = {}  # newest last
         self._reports: dict[tuple[int, int], tuple[Report, float]] = {}  # with the time of its commit
-        self._head = Head(path)
         self._db = _connect(path, readonly=readonly)
         try:
             self._load()
-            self.lost = max(self._head.read() - len(self.events), 0)  # events that it had, and has no more
+            self.lost = max(head.read(path) - len(self.events), 0)  # events that it had, and has no more
             if not readonly:
                 _prepare(self._db, path)
         except sqlite3.DatabaseError as error:
@@ -118,17 +117,16 @@ class Record:
             with contextlib.suppress(sqlite3.OperationalError):
                 self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
-        self._head.close()
 
     # -- writing ---------------------------------------------------------------------------------------
 
     def append(self, *events: Event) -> None:
         """Commits the events in one transaction: all of them are durable on return, or none is."""
-        rows, head, now, elapsed = [], self.head, time.time(), self.elapsed()
+        rows, last, now, elapsed = [], self.head, time.time(), self.elapsed()
         for seq, event in enumerate(events, start=len(self.events) + 1):
             body = json.dumps(_plain(event.body), separators=(",", ":"), allow_nan=False)
-            head = _chain(head, seq, now, elapsed, event.kind, body)
-            rows.append((seq, now, elapsed, event.kind, body, head))
+            last = _chain(last, seq, now, elapsed, event.kind, body)
+            rows.append((seq, now, elapsed, event.kind, body, last))
         try:
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -142,11 +140,11 @@ class Record:
             if isinstance(error, sqlite3.IntegrityError):
                 raise
             raise DamageError(f"{self.path} is damaged ({error}); restore it from a backup") from error
-        self.head = head
+        self.head = last
         for seq, _, _, kind, body, _ in rows:
             self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=now, elapsed=elapsed))
         with contextlib.suppress(OSError):  # the events are safe; only a later loss would go unnoticed
-            self._head.write(len(self.events))
+            head.write(self.path, len(self.events))
 
     # -- reading ---------------------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ class RunDir:
     def is_run(self) -> bool:
         """Whether a process seems to run it now. Trying the lock would keep others from it."""
         owner = self.owner()
-        if owner is None or owner[1] != f"{socket.gethostname()!r:.80}":
+        here = f"{socket.gethostname()!r:.80}"
+        if owner is None or owner[1] != here or os.name == "nt":  # where asking for a process would stop it
             return owner is not None
         try:
             os.kill(owner[0], 0)

@@ -13,11 +13,11 @@ from hpt_torch.types import HParams
 class Steered:
     """Of one run."""
 
-    points: Sequence[HParams] = ()  # added
-    added: int = 0  # how many of them are trials
-    trials: int = 0  # by which its number of trials is extended
-    seconds: float = 0.0
-    stopped: frozenset[int] = frozenset()
+    points: Sequence[HParams]  # added
+    added: int  # how many of them are trials
+    trials: int  # by which its number of trials is extended
+    seconds: float  # by which its time is
+    stopped: frozenset[int]  # trials
 
 
 def steered(record: Record) -> Steered:

@@ -100,6 +100,11 @@ class Steering:
         self._urgent = False
         return [(file, _read(file)) for file in self._files()]
 
+    def is_recorded(self, record: Record, file: Path) -> bool:
+        """Whether this request was taken up already, by a session that was killed before it put it away."""
+        kinds = ("add", "stop", "extend")
+        return any(event.body.get("request") == file.name for kind in kinds for event in record.of_kind(kind))
+
     def remove(self, file: Path) -> None:
         """Puts a request away, once what it asked is recorded."""
         file.unlink(missing_ok=True)
@@ -107,7 +112,7 @@ class Steering:
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        files = [file for file in self.folder.iterdir() if not file.name.endswith(".tmp")]
+        files = [f for f in self.folder.iterdir() if not f.name.endswith(".tmp") and not f.is_dir()]
         return sorted(files, key=lambda file: (len(file.stem), file.name))
 
 
@@ -115,15 +120,16 @@ def _read(file: Path) -> Event | None:
     with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
         if not stat.S_ISREG(file.lstat().st_mode) or file.stat().st_size > _LARGEST:
             return None
-        body = json.loads(file.read_bytes())
+        body, name = json.loads(file.read_bytes()), {"request": file.name}
         match file.suffix:
             case ".add" if isinstance(body["point"], dict):
-                return Event(kind="add", body={"point": body["point"]})
+                return Event(kind="add", body={**name, "point": body["point"]})
             case ".stop" if is_int(body["trial"]):
-                return Event(kind="stop", body={"trial": body["trial"]})
+                return Event(kind="stop", body={**name, "trial": body["trial"]})
             case ".extend" if is_int(body["trials"]) and 0 <= body["trials"] <= MOST_TRIALS:
-                if 0 <= float(body["seconds"]) <= MOST_SECONDS:
-                    return Event(kind="extend", body={"trials": body["trials"], "seconds": body["seconds"]})
+                seconds = float(body["seconds"])
+                if 0 <= seconds <= MOST_SECONDS:
+                    return Event(kind="extend", body={**name, "trials": body["trials"], "seconds": seconds})
     return None
 
 
@@ -137,7 +143,8 @@ def take_up(record: Record, request: Event) -> tuple[list[Event], str]:
         case "stop":
             number = request.body["trial"]
             return [request, finish_event(number, TrialState.PRUNED, STOPPED)], f"trial {number} is stopped"
-    return [request], f"extended by {_shown({k: v for k, v in request.body.items() if v})}"
+    by = {name: request.body[name] for name in ("trials", "seconds") if request.body[name]}
+    return [request], f"extended by {_shown(by)}"
 
 
 def _shown(values: Mapping[str, Any]) -> str:

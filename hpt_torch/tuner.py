@@ -118,8 +118,10 @@ class Tuner:
                 while self._plan_round():
                     pass
                 evolve(self, self.scheduler)
-            while self.scheduler is None and not self.interrupted:
+            while self.scheduler is None and not self.stopped:
                 self._take_requests()
+                if self.timed_out:  # and not extended just now
+                    break
                 self._check_failures()
                 chunks = self.planning.open_chunks()
                 if chunks and self.pruner is not None:
@@ -195,10 +197,11 @@ class Tuner:
         """Records what was asked of the run meanwhile; whether there was anything."""
         waiting = self.steering.waiting()
         for file, request in waiting:
-            events, said = take_up(self.record, request) if request else ([], f"{file} is no request")
-            self.commit(*events)
+            if not self.steering.is_recorded(self.record, file):
+                events, said = take_up(self.record, request) if request else ([], f"{file} is no request")
+                self.commit(*events)
+                self.say(said)
             self.steering.remove(file)
-            self.say(said)
         self.steered = steered(self.record)
         return bool(waiting)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from hpt_torch.data import Data, Rows
+from hpt_torch.models import MLP
+from hpt_torch.record import Record
 from hpt_torch.report.summary import wilson
 from hpt_torch.seeding import generator
 from hpt_torch.tasks import Classification, Regression
@@ -87,3 +91,30 @@ def test_what_has_no_interval() -> None:
     assert set(task.modes) == {False}
     assert model.training
     assert intervals(task, model, Rows(rows.slice(0, 19)), seed=0) == {}
+
+
+class _OneClass(Classification):
+    """Whose metric cannot be had of rows that are all of one class."""
+
+    def finalize(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
+        if len(sums["each_target"].unique()) < 10:
+            raise ValueError("one class is missing")
+        return {"loss": 0.0, "accuracy": 0.5}
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"each_target": batch["targets"], "rows": len(batch["targets"])}  # type: ignore[dict-item]
+
+
+def test_a_figure_without_an_interval(
+    tmp_path: Path, run_quick: Callable[..., str], digits_task: Classification
+) -> None:
+    data = digits_task.data()
+    assert data.holdout is not None
+    ten = torch.tensor([int((data.holdout.tensors["targets"] == i).nonzero()[0]) for i in range(10)])
+    few = Rows({name: torch.cat([tensor[ten]] * 2) for name, tensor in data.holdout.tensors.items()})
+    task = _OneClass(MLP, dataclasses.replace(data, holdout=few))
+    run_quick(tmp_path / "run", "trainer.engine=loop", task=task)
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        (reading,) = record.of_kind("holdout")
+    assert reading.body["metrics"]["holdout/accuracy"] == 0.5
+    assert reading.body["interval"] == {}

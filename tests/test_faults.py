@@ -167,7 +167,7 @@ def killed(tmp_path: Path, reference: tuple[Path, str]) -> tuple[Path, Path, str
 
     recipe, expected = reference
     path = tmp_path / "killed"
-    plug = torture_hook.Plug(log=tmp_path / "steps", root=path, step=80, target="group")
+    plug = torture_hook.Plug(log=tmp_path / "steps", root=path, step=100, target="group")
     run = Hpt(
         *run_of(recipe, path, "executor=inline"),
         prepare=partial(torture_hook.install, plug),

@@ -62,6 +62,12 @@ def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpt_torch.steering._POLL_SECONDS", 0.0)
 
 
+class _Slow(Classification):
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+        time.sleep(0.02)
+        return super().loss(model, batch, hparams)
+
+
 # -- add -----------------------------------------------------------------------------------------------
 
 
@@ -117,14 +123,19 @@ def test_power_cuts_while_a_run_is_steered(
                 ask(path, "stop", {"trial": 2})
                 ask(path, "extend", {"trials": 1, "seconds": 0.0})
 
+        if (path / "run.db").exists() and any(trial.reports for trial in trials_of(path)):
+            asks()  # the power went off just before
         return run_quick(path, *settings, observers=[_At(0, 1, asks)])
 
     switch = PowerSwitch(monkeypatch)
     expected = run(tmp_path / "whole")
     assert len(json.loads(expected)["trials"]) == 5
-    for step in range(4, switch.count, 3):
-        path = tmp_path / str(step)
-        assert switch.cut(step, bool(step % 2), functools.partial(run, path)) == expected, step
+    for step in range(1, switch.count + 1):
+        for after in (False, True):  # after a commit, and before the request that it records is put away
+            path = tmp_path / f"{step}-{after}"
+            got = switch.cut(step, after, functools.partial(run, path))
+            assert not list((path / "requests").iterdir()), step
+            assert got == expected, (step, after)
 
 
 # -- stop ----------------------------------------------------------------------------------------------
@@ -173,6 +184,18 @@ def test_a_stop_in_a_race_and_with_folds(tmp_path: Path, run_quick: RunQuick) ->
         assert any(trial.state is TrialState.COMPLETE for trial in trials)
 
 
+def test_more_time_for_a_run_whose_time_is_used_up(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    settings = ("search.trials=3", "trainer.epochs=20", "executor=inline", "search.timeout=1s")
+    task, path = _Slow(MLP, digits_task.data()), tmp_path / "run"
+    run_quick(path, *settings, task=task)
+    assert any(trial.state is TrialState.PAUSED for trial in trials_of(path))
+    ask(path, "extend", {"trials": 0, "seconds": 60.0})
+    run_quick(path, *settings, task=task, reopen_holdout=True)
+    assert [trial.state for trial in trials_of(path)] == [TrialState.COMPLETE] * 3
+
+
 # -- what is refused -----------------------------------------------------------------------------------
 
 
@@ -209,22 +232,17 @@ def test_a_request_that_is_none_is_put_away(tmp_path: Path, run_quick: RunQuick)
         "8.add": b"[" * 9000, "9.add": b'{"point": {"lr": 0.01}}' + b" " * 10_000, "10.stop": b'{"trial": 0}',
         "11.add": b'{"point": {"lr": "x"}}', "12.run": b"{}",
     }  # fmt: skip
+    (requests / "13.stop").mkdir()
     for name, body in bodies.items():
         (requests / name).write_bytes(body)
     at = _At(0, 0, lambda: None)
     assert run_quick(tmp_path / "run", "search.trials=2", observers=[at], reopen_holdout=True) == expected
     assert sum("is no request" in line for line in at.said) == 10
     assert sum("is refused" in line for line in at.said) == 2
-    assert not list(requests.iterdir())
+    assert [file.name for file in requests.iterdir()] == ["13.stop"]  # a folder is nobody's request
 
 
 # -- the command line ----------------------------------------------------------------------------------
-
-
-class _Slow(Classification):
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
-        time.sleep(0.02)
-        return super().loss(model, batch, hparams)
 
 
 def test_commands(tmp_path: Path, run_quick: RunQuick, digits_task: Classification) -> None:

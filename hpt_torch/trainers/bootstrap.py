@@ -33,7 +33,8 @@ def intervals(
     blocks: list[dict[str, Tensor]] = []
     for _, batch in rows.batches(None, -(-len(rows) // BLOCKS)):
         with torch.no_grad(), cast(rows, autocast):
-            blocks.append({name: value.detach().cpu() for name, value in task.metrics(model, batch).items()})
+            sums = task.metrics(model, batch)
+            blocks.append({name: torch.as_tensor(value).detach().cpu() for name, value in sums.items()})
     model.train(was_training)
     each = {n: [block[n] for block in blocks] for n in blocks[0] if n.startswith("each_")}
     sums = {n: torch.stack([block[n] for block in blocks]) for n in blocks[0] if n not in each}

@@ -19,11 +19,16 @@ from hpt_torch.recipe import Recipe
 from hpt_torch.report.confirmation import REFIT
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
+from hpt_torch.trainers.compiled import CompiledTrainer
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.types import Objective, RunMismatchError
 
-ENGINES: Mapping[str, type[LoopTrainer]] = {"loop": LoopTrainer, "fused": FusedTrainer}
+ENGINES: Mapping[str, type[LoopTrainer]] = {
+    "loop": LoopTrainer,
+    "fused": FusedTrainer,
+    "compiled": CompiledTrainer,
+}
 
 
 def device_named(name: str) -> torch.device:

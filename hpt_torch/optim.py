@@ -24,19 +24,31 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "rmsprop": ("square_avg",),
 }
+ADAMS = ("adam", "adamw")  # those with bias corrections
 READ = frozenset(  # the dynamic hyperparameters that an optimizer's step reads
     {"lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "alpha", "head_lr_factor"}
 )
 
 
+def corrections(step: Scalar, h: Mapping[str, Any]) -> tuple[Scalar, Scalar]:
+    """By how much the averages of Adam are short of the whole after `step` steps: 1 - beta ** step, for both
+    betas. To be had in float64: in float32 the second one has three digits at first."""
+    return 1 - h["beta1"] ** step, 1 - h["beta2"] ** step
+
+
 def update(
-    name: str, param: Tensor, grad: Tensor, slots: Mapping[str, Tensor], step: Scalar, h: Mapping[str, Any]
+    name: str,
+    param: Tensor,
+    grad: Tensor,
+    slots: Mapping[str, Tensor],
+    corrections: tuple[Scalar, Scalar] | None,
+    h: Mapping[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One optimizer step for one tensor: (new parameter, new slots).
 
-    step: the number of this step, from 1. h: lr, weight_decay and the optimizer's own (momentum, nesterov;
-    beta1, beta2, eps; alpha, eps), as in ``torch.optim.SGD`` / ``Adam`` / ``AdamW`` / ``RMSprop``;
-    `nesterov` is a Python bool.
+    corrections: those of this step, which Adam and AdamW need. h: lr, weight_decay and the optimizer's own
+    (momentum, nesterov; beta1, beta2, eps; alpha, eps), as in ``torch.optim.SGD`` / ``Adam`` / ``AdamW`` /
+    ``RMSprop``; `nesterov` is a Python bool.
     """
     lr, decay = h["lr"], h["weight_decay"]
     if name == "adamw":
@@ -50,11 +62,12 @@ def update(
     if name == "rmsprop":
         square_avg = h["alpha"] * slots["square_avg"] + (1 - h["alpha"]) * grad * grad
         return param - lr * grad / (square_avg.sqrt() + h["eps"]), {"square_avg": square_avg}
-    beta1, beta2 = h["beta1"], h["beta2"]
+    assert corrections is not None
+    (first, second), beta1, beta2 = corrections, h["beta1"], h["beta2"]
     exp_avg = beta1 * slots["exp_avg"] + (1 - beta1) * grad
     exp_avg_sq = beta2 * slots["exp_avg_sq"] + (1 - beta2) * grad * grad
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt() + h["eps"]
-    new = param - (lr / (1 - beta1**step)) * exp_avg / root
+    root = (exp_avg_sq / second).sqrt() + h["eps"]
+    new = param - (lr / first) * exp_avg / root
     return new, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
@@ -74,8 +87,9 @@ def step_(
     if name == "sgd" and h["momentum"] == 0:
         kernel = None  # the kernel would leave momentum_buffer behind, which a later momentum reads
     if kernel is None:
+        factors = corrections(step, h) if name in ADAMS else None
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            new, new_slots = update(name, param, grad, {key: slots[key][i] for key in slots}, float(step), h)
+            new, new_slots = update(name, param, grad, {key: slots[key][i] for key in slots}, factors, h)
             param.copy_(new)
             for key, value in new_slots.items():
                 slots[key][i].copy_(value)

@@ -19,7 +19,7 @@ from hpt_torch.types import HParams, TrialState
 
 
 class Planning:
-    """The chunks of a run. engine: auto, loop or fused; `say` tells the user why they are as they are."""
+    """The chunks of a run. engine: of the recipe; `say` tells the user why they are as they are."""
 
     def __init__(
         self,
@@ -108,10 +108,10 @@ class Planning:
         if signed not in self._reasons and self.crash.note(f"mapping {signed}"):
             self._reasons[signed] = "it crashed the process"
         elif signed not in self._reasons:
-            fused = self.trainers["fused"]
-            assert isinstance(fused, FusedTrainer)
+            together = self.trainers["compiled" if self.engine == "compiled" else "fused"]
+            assert isinstance(together, FusedTrainer)
             try:
-                self._reasons[signed] = fused.why_not(fused.init(trials, hparams))
+                self._reasons[signed] = together.why_not(together.init(trials, hparams))
             except Exception as error:
                 self._reasons[signed] = f"its model cannot be built ({error})"
             self.crash.note("")
@@ -120,8 +120,9 @@ class Planning:
     def tell(self, chunks: Sequence[Chunk]) -> None:
         """Says once, for each reason, why trials are trained as they are."""
         for chunk in chunks:
-            together = f"{len(chunk.trials)} trials at once" if chunk.engine == "fused" else "one by one"
-            if chunk.engine == "fused" or "mapped" in chunk.why:
+            alone = chunk.engine not in planner.TOGETHER
+            together = "one by one" if alone else f"{len(chunk.trials)} trials at once"
+            if not alone or "mapped" in chunk.why:
                 line = f"engine {chunk.engine}: {together} ({chunk.why})"
                 if line not in self._told:
                     self._told.add(line)

@@ -214,8 +214,10 @@ class TrainerSection(Section):
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
         description="auto, cpu, cuda, cuda:1, mps",
     )
-    engine: Literal["auto", "loop", "fused"] = Field(
-        default="auto", description="auto, loop (one by one) or fused (trials of one signature at once)"
+    engine: Literal["auto", "loop", "fused", "compiled"] = Field(
+        default="auto",
+        description="auto, loop (one by one), fused (trials of one signature at once) or compiled (fused, by "
+        "torch.compile)",
     )
     keep: Literal["last", "best"] | None = Field(
         default=None,

@@ -57,8 +57,9 @@ def test_equals_torch_over_50_steps(
         reference.step()
         if form == "update":
             for i, grad in enumerate(grads):
+                factors = optim.corrections(step, h) if name in optim.ADAMS else None
                 new, state = optim.update(
-                    name, mine[i], grad, {k: v[i] for k, v in slots.items()}, float(step), h
+                    name, mine[i], grad, {k: v[i] for k, v in slots.items()}, factors, h
                 )
                 mine[i] = new
                 for key, value in state.items():
@@ -82,16 +83,16 @@ def test_update_maps_over_members_with_their_own_hyperparameters() -> None:
         "eps": torch.tensor([1e-8, 1e-4, 1e-2]).double(),
     }
     step = torch.tensor([1.0, 5.0, 9.0]).double()
-    mapped, _ = torch.func.vmap(lambda p, g, s, t, hp: optim.update("adam", p, g, s, t, hp))(
-        param, grad, slots, step, h
-    )
+    mapped, _ = torch.func.vmap(
+        lambda p, g, s, t, hp: optim.update("adam", p, g, s, optim.corrections(t, hp), hp)
+    )(param, grad, slots, step, h)
     for i in range(3):
         alone, _ = optim.update(
             "adam",
             param[i],
             grad[i],
             {k: v[i] for k, v in slots.items()},
-            step[i],
+            optim.corrections(float(step[i]), {k: float(v[i]) for k, v in h.items()}),
             {k: v[i] for k, v in h.items()},
         )
         torch.testing.assert_close(mapped[i], alone, rtol=0, atol=1e-14)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hpt_torch import checkpoint
 from hpt_torch.population import Population
+from hpt_torch.trainers import planner
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.types import HParams, InfeasibleError, Objective, Report, TrialState
 
@@ -30,7 +31,7 @@ class Segment:
     key: str  # names its state files
     trials: Sequence[int]
     hparams: Sequence[HParams]  # all of each trial's
-    engine: str  # loop or fused
+    engine: str  # loop, fused, compiled, or refit
     until_epoch: int
     state: State | None = None  # None: they are new
     ended: Sequence[int] = ()  # trials of it that are not to be trained any more
@@ -114,7 +115,7 @@ class Training:
             try:
                 result = trainer.train(population, until, should_pause=should_pause)
             except (Exception, SystemExit) as error:  # user code
-                if segment.engine != "fused":
+                if segment.engine not in planner.TOGETHER:
                     raise
                 yield self._broken(segment, error)
                 return

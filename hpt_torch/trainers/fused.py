@@ -23,6 +23,8 @@ from hpt_torch.types import Report
 class FusedTrainer(LoopTrainer):
     """Trains the members of a population together. They share their signature, epoch and batch."""
 
+    stack: type[Stack] = Stack
+
     def train(self, population: Population, until_epoch: int, *, should_pause: ShouldPause) -> SegmentResult:
         """Trains every active member until it has `until_epoch` epochs, or until `should_pause()`."""
         result = SegmentResult()
@@ -42,15 +44,14 @@ class FusedTrainer(LoopTrainer):
     ) -> None:
         """One epoch, or what is left of it, of the chosen members."""
         started = time.perf_counter()
-        stack = Stack(self, population, chosen)
+        stack = self.stack(self, population, chosen)
         first, epoch = chosen[0], population.epoch[chosen[0]]
         order = self.order.epoch(epoch)
         size = min(int(stack.static["batch_size"]), len(order))
         batches = self.order.batches(size)
         stack.begin_epoch(epoch, batches)
         stack.steps_left = (self.epochs - epoch) * batches
-        rows = self.data.train.batches(order[: batches * size], size, population.batch[first])
-        for index, batch in rows:
+        for index, batch in stack.read(order[: batches * size], size, population.batch[first]):
             stack.step(batch, index)
             if should_pause() and index + 1 < batches:
                 stack.store(batch=index + 1)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+TOGETHER = ("fused", "compiled")  # the engines that train several trials at once
 # Members of one population: beyond it a further member costs as much as the one before.
 LARGEST = {"cpu": 32}
 _LARGEST_ELSEWHERE = 64
@@ -21,7 +22,7 @@ class Chunk:
 
     key: str
     trials: tuple[int, ...]
-    engine: str  # loop, or fused
+    engine: str  # loop, fused or compiled
     why: str  # in words, for the log
     fold: int | None = None  # of cross-validation, from 0
 
@@ -39,8 +40,8 @@ def plan(
 ) -> list[Chunk]:
     """The chunks of a round, in the order of their first trials; with folds, each once a fold.
 
-    signatures: (trial, signature) in order. engine: auto, loop or fused. device: its type. slow: the traits
-    of models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model; why_not:
+    signatures: (trial, signature) in order. engine: of the recipe. device: its type. slow: the traits of
+    models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model; why_not:
     why trials cannot be mapped together. Both are asked only where they matter. fits: how many the memory
     holds at once, where that is known.
     """
@@ -52,7 +53,7 @@ def plan(
     for trials in groups.values():
         for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device, fits)):
             chosen, why = _choose(part, engine, device, slow, traits, why_not)
-            pieces = [part] if chosen == "fused" else [[trial] for trial in part]
+            pieces = [part] if chosen in TOGETHER else [[trial] for trial in part]
             for piece in pieces:
                 for fold in parts:
                     key = f"chunk-{piece[0]}" + ("" if fold is None else f"-fold-{fold}")
@@ -80,6 +81,8 @@ def _choose(
             return "loop", f"{' and '.join(sorted(slowing))} train faster one by one on {where}"
     if reason is not None:
         return "loop", f"cannot be mapped over members: {reason}"
+    if engine == "compiled":
+        return "compiled", "asked for"
     return "fused", "asked for" if engine == "fused" else f"{len(trials)} trials of one signature"
 
 

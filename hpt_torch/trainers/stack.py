@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class Stack:
 
     def __init__(self, trainer: FusedTrainer, population: Population, chosen: Sequence[int]) -> None:
         self.trainer, self.population, self.chosen = trainer, population, list(chosen)
-        self.rows = self.chosen if len(self.chosen) >= _SMALLEST else self.chosen * _SMALLEST
+        self.rows = self._rows()
         self._whole = self.rows == list(range(len(population)))
         index = torch.tensor(self.rows, device=trainer.device)
         self.groups = {
@@ -75,6 +75,10 @@ class Stack:
         self.module = _Mapped(trainer.task, trainer.module(self.hparams[0], population.trials[self.rows[0]]))
         self._read_hparams()
 
+    def _rows(self) -> list[int]:
+        """The chosen members, and again some of them where a stack of so many would not do."""
+        return self.chosen if len(self.chosen) >= _SMALLEST else self.chosen * _SMALLEST
+
     def _read_hparams(self) -> None:
         """Each dynamic hyperparameter as (P,): float64 on the CPU for schedules, `dtype` on the device."""
         trainer = self.trainer
@@ -88,6 +92,9 @@ class Stack:
             self.values_P["grad_clip_value"]
         )
         self.clips_P, self.clipping_P = finite.tolist(), finite.to(trainer.device)
+        # What is not so of any member is left out of the step.
+        self.penalties = [name for name in ("l1", "l2") if bool((self.values_P[name] > 0).any())]
+        self.clips_values = bool(torch.isfinite(self.values_P["grad_clip_value"]).any())
         dims = [self.params[name].dim() - 1 for name in self.names]
         self.treatments = optim.groups(
             self.names,
@@ -118,11 +125,19 @@ class Stack:
         factors_PS = lr_schedules.factors(
             str(self.static["schedule"]), epoch, batches, self.trainer.epochs, columns
         )
-        self._updates = self._optimizer_calls((columns["lr"] * factors_PS).tolist())
+        self._schedule(columns["lr"] * factors_PS)
         layers = [layer.layer or 0 for layer in self.noisy]
         noise, parts = base.noise_seed(self.trainer.seed, epoch), int(self.static["accumulation_steps"])
         keys_SAL = base.noise_keys(noise, batches, parts, layers)
         self.keys_SAL = torch.from_numpy(keys_SAL).to(self.trainer.device)
+
+    def _schedule(self, lr_PS: Tensor) -> None:
+        """Takes note of the epoch's learning rates."""
+        self._updates = self._optimizer_calls(lr_PS.tolist())
+
+    def read(self, order: Tensor, size: int, start: int) -> Iterable[tuple[int, dict[str, Tensor]]]:
+        """(index, batch) of the epoch's batches from `start` on. order: the rows of all of them."""
+        return self.trainer.data.train.batches(order, size, start)
 
     def _optimizer_calls(self, lr_PS: list[list[float]]) -> list[_Update]:
         """One call of the optimizer's kernel for all that have the same numbers in it: a call costs as much
@@ -161,11 +176,13 @@ class Stack:
             update.h["lr"] = update.lr_S[index]
             mine = [rows[name][row] for name, row in update.places]
             optim.step_(self.optimizer, update.params, mine, update.slots, self.steps[update.row], update.h)
-        if self.static["ema"]:
-            for name in self.names:
-                decay = _column(self.h["ema_decay"], self.params[name])
-                self.slots[f"ema/{name}"].mul_(decay).add_(self.params[name] * (1 - decay))
+        self._average()
         self.sums["loss"] += losses_P
+
+    def _average(self) -> None:
+        for name in self.names if self.static["ema"] else ():
+            decay = column(self.h["ema_decay"], self.params[name])
+            self.slots[f"ema/{name}"].mul_(decay).add_(self.params[name] * (1 - decay))
 
     def _gradients(self, batch: Mapping[str, Tensor], keys_AL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(losses (P,), gradients (P, *shape)) of the batch, in one piece or added up over its parts."""
@@ -227,41 +244,48 @@ class Stack:
 
     def _penalise(self, grads: dict[str, Tensor]) -> None:
         """Adds the gradients of ``l1 * sum |W| + l2 * sum W**2``, one l1 and l2 a member."""
-        for name, factor in (("l1", 1.0), ("l2", 2.0)):
-            if not bool((self.values_P[name] > 0).any()):
-                continue
+        for name in self.penalties:
+            factor = {"l1": 1.0, "l2": 2.0}[name]
             for group in self.treatments:
                 for i in group.indices if group.decays else ():
                     param = self.params[self.names[i]]
                     slope = param.sign() if name == "l1" else param
-                    grads[self.names[i]] = (
-                        grads[self.names[i]] + _column(self.h[name], param) * factor * slope
-                    )
+                    grads[self.names[i]] = grads[self.names[i]] + column(self.h[name], param) * factor * slope
 
-    def _clip(self, grads: dict[str, Tensor], measured: bool) -> None:
+    def _clip(self, grads: dict[str, Tensor], measured: bool | Tensor) -> None:
         """`optim.clip` for every member by itself: its own limits, its own norm. measured: the norms of those
         that do not clip count too."""
         if not any(self.clips_P):
             if measured:
-                self.sums["grad_norm"] += _norms(grads)
+                self.sums["grad_norm"] += self._norms(grads)
             return
         limit_P, value_P = self.h["grad_clip_norm"], self.h["grad_clip_value"]
-        norm_P = _norms(grads)
+        norm_P = self._norms(grads)
         touched_P = norm_P > limit_P
-        if bool(torch.isfinite(self.values_P["grad_clip_value"]).any()):
+        if self.clips_values:
             largest_P = torch.stack([g.abs().flatten(1).amax(1) for g in grads.values()]).amax(0)
             touched_P = touched_P | (largest_P > value_P)
             for name, grad in grads.items():
-                column = _column(value_P, grad)
-                grads[name] = torch.maximum(torch.minimum(grad, column), -column)
-            now_P = _norms(grads)
+                largest = column(value_P, grad)
+                grads[name] = torch.maximum(torch.minimum(grad, largest), -largest)
+            now_P = self._norms(grads)
         else:
             now_P = norm_P
         scale_P = torch.where(torch.isfinite(limit_P), (limit_P / (now_P + 1e-6)).clamp(max=1.0), 1.0)
         for name, grad in grads.items():
-            grads[name] = grad * _column(scale_P, grad)
-        self.sums["grad_norm"] += norm_P if measured else torch.where(self.clipping_P, norm_P, 0)
+            grads[name] = grad * column(scale_P, grad)
+        self.sums["grad_norm"] += torch.where(self.clipping_P | measured, norm_P, 0)
         self.sums["clipped"] += touched_P
+
+    def _norms(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """The 2-norm of each member's whole gradient, (P,).
+
+        Member by member: a sum over the stack adds up in an order that depends on P.
+        """
+        tensors = list(grads.values())
+        views = [tensor[row] for row in range(len(tensors[0])) for tensor in tensors]
+        norms_P = torch.stack(torch._foreach_norm(views)).view(-1, len(tensors)).unbind(0)
+        return torch.stack([torch.linalg.vector_norm(norms) for norms in norms_P])
 
     # -- between steps ---------------------------------------------------------------------------------
 
@@ -293,11 +317,14 @@ class Stack:
             for name, value in run(mapped, weights, fixed, dict(part)).items():
                 totals.setdefault(name, []).append(value)
         self.module.train()
-        summed = {
-            n: torch.cat(t, 1) if n.startswith("each_") else torch.stack(t).sum(0) for n, t in totals.items()
+        summed = {  # off the device all at once, rather than number by number
+            n: (torch.cat(t, 1) if n.startswith("each_") else torch.stack(t).sum(0)).cpu()
+            for n, t in totals.items()
         }
         task = self.trainer.task
-        return [dict(task.finalize({n: t[row] for n, t in summed.items()})) for row in range(len(self.rows))]
+        return [
+            dict(task.finalize({n: t[row] for n, t in summed.items()})) for row in range(len(self.chosen))
+        ]
 
     def store(self, batch: int) -> None:
         """Back into the population; `batch` batches into the epoch (0: the epoch is done)."""
@@ -318,17 +345,6 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _column(values_P: Tensor, like: Tensor) -> Tensor:
+def column(values_P: Tensor, like: Tensor) -> Tensor:
     """(P,) shaped to broadcast against (P, *shape)."""
     return values_P.view(-1, *[1] * (like.dim() - 1))
-
-
-def _norms(grads: Mapping[str, Tensor]) -> Tensor:
-    """The 2-norm of each member's whole gradient, (P,).
-
-    Member by member: a sum over the stack adds up in an order that depends on P.
-    """
-    tensors = list(grads.values())
-    views = [tensor[row] for row in range(len(tensors[0])) for tensor in tensors]
-    norms_P = torch.stack(torch._foreach_norm(views)).view(-1, len(tensors)).unbind(0)
-    return torch.stack([torch.linalg.vector_norm(norms) for norms in norms_P])

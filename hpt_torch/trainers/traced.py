@@ -88,6 +88,37 @@ def _memory(tensor: Tensor) -> Hashable:
     return tensor.untyped_storage().data_ptr(), *_layout(tensor)
 
 
+@dataclass
+class Flat:
+    """A function as the operations that it came down to, in order, for arguments of the same shapes."""
+
+    calls: list[_Call]
+    inputs: list[Tensor]  # what it was recorded with: the leaves of its arguments
+    results: list[Any]  # what of the operations' outputs it returned
+    spec: Any  # how they were nested
+
+
+def record(
+    function: Callable[..., Any],
+    *arguments: Tensor | dict[str, Tensor],
+    constants: Iterable[Tensor] = (),
+) -> tuple[Flat | None, Any]:
+    """(the function's operations for arguments of these shapes, what it returned for these arguments).
+
+    The former is None where the function reads the values of other tensors than `constants`.
+    """
+    inputs = flat(arguments)
+    with _Recorder(inputs) as recorder:
+        returned = function(*arguments)
+    if _branches(recorder.calls, {id(tensor) for tensor in constants}):
+        return None, returned
+    results, spec = tree_flatten(recorder.known(returned))
+    calls, results = _without_idle_views(recorder.calls, results)
+    calls, results = _with_shared_views(calls, results)
+    calls = _needed(calls, results, _constants(calls, inputs))
+    return Flat(calls, inputs, results, spec), returned
+
+
 def trace(
     function: Callable[..., Any],
     *arguments: Tensor | dict[str, Tensor],
@@ -97,19 +128,13 @@ def trace(
 
     The program is None where the function reads the values of other tensors than `constants`.
     """
-    inputs = _flat(arguments)
-    with _Recorder(inputs) as recorder:
-        returned = function(*arguments)
-    if _branches(recorder.calls, {id(tensor) for tensor in constants}):
+    recorded, returned = record(function, *arguments, constants=constants)
+    if recorded is None:
         return None, returned
-    results, spec = tree_flatten(recorder.known(returned))
-    calls, results = _without_idle_views(recorder.calls, results)
-    calls, results = _with_shared_views(calls, results)
-    calls = _needed(calls, results, _constants(calls, inputs))
-    run = _written_out(calls, inputs, results)
+    run, spec = _written_out(recorded.calls, recorded.inputs, recorded.results), recorded.spec
 
     def program(*arguments: Tensor | dict[str, Tensor]) -> Any:
-        return tree_unflatten(run(*_flat(arguments)), spec)
+        return tree_unflatten(run(*flat(arguments)), spec)
 
     return program, returned
 
@@ -124,11 +149,12 @@ def _branches(calls: Sequence[_Call], constants: set[int]) -> bool:
     )
 
 
-def _flat(arguments: Sequence[Tensor | dict[str, Tensor]]) -> list[Tensor]:
-    flat: list[Tensor] = []
+def flat(arguments: Sequence[Tensor | dict[str, Tensor]]) -> list[Tensor]:
+    """The arguments' tensors, those of a dict in its order."""
+    tensors: list[Tensor] = []
     for argument in arguments:
-        flat.extend(argument.values() if isinstance(argument, dict) else (argument,))
-    return flat
+        tensors.extend(argument.values() if isinstance(argument, dict) else (argument,))
+    return tensors
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,0 +1,107 @@
+"""A function of tensors as one program of torch.compile's back end, for the CPU or CUDA.
+
+What is compiled is what `traced.record` saw, not Python code: nothing can fall back to slow code in silence,
+and nothing is guarded or compiled again at a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map, tree_unflatten
+
+from hpt_torch.trainers.traced import Flat, flat
+
+
+@functools.cache
+def missing(device: str) -> str | None:
+    """What this machine lacks to compile for devices of this type, and the remedy; None: nothing."""
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "torch.compile needs Triton on CUDA; pip install triton, or take trainer.engine=fused"
+    elif device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            compiler = get_cpp_compiler()
+        except Exception as error:  # of a kind that has changed its name between versions
+            compiler, why = "", str(error).strip().partition("\n")[0]
+        else:
+            why = f"{compiler} is not on the PATH"
+        if not shutil.which(compiler):
+            return (
+                f"torch.compile needs a C++ compiler on the CPU ({why}); install g++ (build-essential, Xcode "
+                "command line tools), or take trainer.engine=fused"
+            )
+    else:
+        return f"torch.compile is not used on {device}; take trainer.engine=fused"
+    return None
+
+
+def compiled(recorded: Flat) -> Callable[..., Any]:
+    """The recorded function, compiled for arguments of the shapes that it was recorded with."""
+    from torch._inductor import compile as compile_graph
+
+    module, constants = _graph(recorded)
+    inputs: list[Any] = [*recorded.inputs, *constants]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on settings that the recipe decides
+        run = compile_graph(module, inputs, options=_options(inputs[0].device))
+    spec = recorded.spec
+
+    def program(*arguments: Tensor | dict[str, Tensor]) -> Any:
+        return tree_unflatten(list(run(*flat(arguments), *constants)), spec)
+
+    return program
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"compile_threads": 1}  # a pool of processes costs more than it saves
+    if device.type == "cpu":
+        options["cpp.threads"] = torch.get_num_threads()  # sums depend on it, so what is cached must
+    if hasattr(config, "deterministic"):
+        options["deterministic"] = True  # nothing is chosen by timing
+    return options
+
+
+def _graph(recorded: Flat) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """The operations as a graph, and the tensors that it takes after the recorded inputs."""
+    graph = torch.fx.Graph()
+    nodes: dict[int, Any] = {}
+    produced = {id(t) for call in recorded.calls for t in call.outputs}
+    constants: list[Tensor] = []
+
+    for i, tensor in enumerate(recorded.inputs):
+        nodes[id(tensor)] = graph.placeholder(f"a{i}")
+
+    def see(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and id(leaf) not in nodes and id(leaf) not in produced:
+            nodes[id(leaf)] = graph.placeholder(f"c{len(constants)}")
+            constants.append(leaf.detach())
+        return leaf
+
+    def node(leaf: Any) -> Any:
+        return nodes[id(leaf)] if isinstance(leaf, Tensor) else leaf
+
+    for call in recorded.calls:
+        tree_map(see, call.arguments)
+    tree_map(see, recorded.results)
+    for call in recorded.calls:
+        args, kwargs = tree_map(node, call.arguments)
+        made = graph.call_function(call.op, tuple(args), kwargs)
+        for i, output in enumerate(call.outputs):
+            part = made if call.single else graph.call_function(operator.getitem, (made, i))
+            nodes.setdefault(id(output), part)
+    graph.output(tuple(node(result) for result in recorded.results))
+    return torch.fx.GraphModule(torch.nn.Module(), graph), constants

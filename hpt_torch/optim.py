@@ -86,6 +86,9 @@ def step_(
     kernel = _fused_kernel(name, params[0].device)
     if name == "sgd" and h["momentum"] == 0:
         kernel = None  # the kernel would leave momentum_buffer behind, which a later momentum reads
+    if kernel is not None and params[0].is_cuda:
+        kernel = None if _laid_out_apart(params, slots) else kernel
+        grads = [_like(grad, param) for grad, param in zip(grads, params, strict=True)]
     if kernel is None:
         factors = corrections(step, h) if name in ADAMS else None
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -106,6 +109,22 @@ def step_(
             [count] * len(params), lr=h["lr"], beta1=h["beta1"], beta2=h["beta2"],
             weight_decay=h["weight_decay"], eps=h["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+def _laid_out_apart(params: Sequence[Tensor], slots: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Whether a parameter lies in memory otherwise than its moments, which CUDA's kernels refuse."""
+    return any(
+        slot.stride() != param.stride()
+        for tensors in slots.values()
+        for slot, param in zip(tensors, params, strict=True)
+    )
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor, laid out in memory as the other one."""
+    if tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_like(other).copy_(tensor)
 
 
 def _fused_kernel(name: str, device: torch.device) -> Any:

@@ -185,6 +185,8 @@ def run_native(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
     """(T, B, F) -> (T, B, H), one layer in one direction from a zero state, in the fastest kernel."""
     if x_TBF.device.type == "cpu" and cell != "lstm" and not torch.is_autocast_enabled("cpu"):
         return _run_cpu(cell, x_TBF, weights)
+    if cell == "lstm" and _lacks_lstm(x_TBF):
+        return run_steps(cell, x_TBF, weights)
     if x_TBF.is_cuda:
         # cuDNN wants the weights in one piece, in this order; from anywhere else it copies them and warns.
         flat = torch.cat([weight.reshape(-1) for weight in weights])
@@ -200,6 +202,12 @@ def run_native(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
         kernel = torch._VF.gru if cell == "gru" else torch._VF.rnn_tanh
         y_TBH, _ = kernel(x_TBF, h_1BH, weights, *options)
     return y_TBH
+
+
+def _lacks_lstm(x: Tensor) -> bool:
+    """Whether torch has no LSTM for x here: in bfloat16, oneDNN's needs AVX-512 and raises without it."""
+    bfloat16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _run_cpu(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:

@@ -38,7 +38,10 @@ class Member:
                 tensor.copy_(self.views[group][name])
         named = dict(self.model.named_parameters())
         self.params = [named[name] for name in self.learned]
-        self.slots = {n: t.clone(memory_format=torch.preserve_format) for n, t in self.views["slots"].items()}
+        self.slots = {  # laid out as the parameters are
+            n: torch.empty_like(self.learned[n.partition("/")[2]]).copy_(t)
+            for n, t in self.views["slots"].items()
+        }
         self.sums = {name: t.clone() for name, t in self.views["sums"].items()}
         self.steps = population.step[i]
         self._read_hparams(hparams)

@@ -334,6 +334,8 @@ class Stack:
         if not self._whole:
             index = torch.tensor(self.chosen, device=self.trainer.device)
             for name, tensors in self.population.stacks():
+                if self.groups[name] is tensors:
+                    continue
                 for key, tensor in tensors.items():
                     tensor.index_copy_(0, index, self.groups[name][key][: len(self.chosen)])
         for row, i in enumerate(self.chosen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from hpt_torch.data import Data, Rows, cache
 from hpt_torch.machine import keep_freed_memory
 from hpt_torch.seeding import generator
 from hpt_torch.tasks import MODELS, Classification
+from hpt_torch.trainers import inductor
+from hpt_torch.trainers.compiled import CompiledTrainer
 from hpt_torch.trainers.costs import SHIPPED, TRAITS, Costs, loads
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
@@ -30,11 +33,13 @@ class Effort:
     """How long is measured."""
 
     members: Sequence[int] = (2, 8, 32)
+    compiled: Sequence[int] = (8,)  # members of which the step is compiled
     rows: int = 512
-    repeats: int = 5  # pairs of a time one by one and one together
+    repeats: int = 5  # pairs of a time one way and one the other
     seconds: float = 0.1  # of training, at least, behind each time
 
 
+_BATCH = 64
 # Model, its input's shape, its hyperparameters: of each trait a small model of usual sizes.
 _EXAMPLES: Mapping[str, tuple[str, tuple[int, ...], HParams]] = {
     "convolution": ("cnn", (1, 16, 16), {"channels": (16, 32)}),
@@ -89,6 +94,7 @@ def measure(devices: Sequence[torch.device], effort: Effort, say: Callable[[str]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ratios: dict[str, dict[str, dict[int, float]]] = {}
+    pays_after: dict[str, dict[str, dict[int, float]]] = {}
     try:
         for device in devices:
             for trait in TRAITS:
@@ -96,10 +102,13 @@ def measure(devices: Sequence[torch.device], effort: Effort, say: Callable[[str]
                 for members in effort.members:
                     row[members] = round(_ratio(trait, members, device, effort), 3)
                     say(f"{device.type}, {trait}: {members} together at {row[members]:.2f} x")
+            if inductor.missing(device.type) is None:
+                steps = _pays_after("dense", device, effort, say)
+                pays_after[device.type] = {"dense": steps} if steps else {}
     finally:
         torch.set_num_threads(threads)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Costs(ratios=ratios, measured=now, torch=str(torch.__version__))
+    return Costs(ratios=ratios, pays_after=pays_after, measured=now, torch=str(torch.__version__))
 
 
 def _ratio(trait: str, members: int, device: torch.device, effort: Effort) -> float:
@@ -114,6 +123,32 @@ def _ratio(trait: str, members: int, device: torch.device, effort: Effort) -> fl
         for _ in range(effort.repeats)
     ]
     return statistics.median(pairs)
+
+
+def _pays_after(
+    trait: str, device: torch.device, effort: Effort, say: Callable[[str], None]
+) -> dict[int, float]:
+    """By members: the steps after which the time to compile one has been saved, where a compiled one saves
+    any."""
+    found = {}
+    for members in effort.compiled:
+        fused = _Training(FusedTrainer, trait, members, device, effort.rows)
+        fused.epoch_seconds(0.0)
+        with inductor.nothing_cached(device):
+            started = time.perf_counter()
+            compiled = _Training(CompiledTrainer, trait, members, device, effort.rows)
+            compiled.epoch_seconds(0.0)
+            seconds = time.perf_counter() - started
+        pairs = [
+            (fused.epoch_seconds(effort.seconds), compiled.epoch_seconds(effort.seconds))
+            for _ in range(effort.repeats)
+        ]
+        saved = statistics.median(a - b for a, b in pairs) / (effort.rows // _BATCH)
+        if saved > 0:
+            found[members] = float(math.ceil(seconds / saved))
+            says = f"{members} compiled in {seconds:.0f} s, which {found[members]:,.0f} steps save"
+            say(f"{device.type}, {trait}: {says}")
+    return found
 
 
 class _Training:
@@ -149,4 +184,4 @@ def _example(trait: str, rows: int) -> tuple[Classification, dict[str, Any]]:
     few = Rows(whole.slice(0, 16))  # training is timed, not evaluation
     task = Classification(MODELS[model], Data(train=whole, valid=few, out_features=10))
     defaults = {name: spec.default for name, spec in task.hparam_specs().items()}
-    return task, {**defaults, **own, "batch_size": 64}
+    return task, {**defaults, **own, "batch_size": _BATCH}

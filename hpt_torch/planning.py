@@ -19,7 +19,8 @@ from hpt_torch.types import HParams, TrialState
 
 
 class Planning:
-    """The chunks of a run. engine: of the recipe; `say` tells the user why they are as they are."""
+    """The chunks of a run. engine: of the recipe; `say` tells the user why they are as they are. lasting:
+    trials that train together all train to the end."""
 
     def __init__(
         self,
@@ -32,14 +33,17 @@ class Planning:
         folds: int = 0,
         max_parameters: int | None = None,
         wants_flops: bool = False,
+        lasting: bool = True,
     ) -> None:
-        self.max_parameters, self.wants_flops = max_parameters, wants_flops
+        self.max_parameters, self.wants_flops, self.lasting = max_parameters, wants_flops, lasting
         self._sizes: dict[str, dict[str, int]] = {}  # by signature: what is known of the model
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
         self.engine, self.say, self.crash, self.folds = engine, say, crash, folds
         begun = record.last("run")
         self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
-        self._reasons: dict[str, str | None] = {}  # by signature: why it cannot be mapped
+        self._reasons: dict[
+            tuple[str, str], str | None
+        ] = {}  # why trials of a signature, by an engine, cannot
         self._told: set[str] = set()
 
     def beginnings(self, round: Round, fixed: HParams) -> tuple[list[Event], dict[int, HParams]]:
@@ -91,9 +95,10 @@ class Planning:
             device=self.trainer.device.type,
             slow=frozenset(self.costs["slow"]),
             traits=lambda trial: self.trainer.traits(hparams[trial], trial),
-            why_not=lambda trials: self._why_not(
-                signatures[trials[0]], trials, [hparams[trial] for trial in trials]
+            why_not=lambda trials, engine: self._why_not(
+                signatures[trials[0]], engine, trials, [hparams[trial] for trial in trials]
             ),
+            pays=lambda trials: self._pays(len(trials), trials[0], hparams[trials[0]]),
             folds=self.folds,
             fits=self.fits(),
         )
@@ -103,19 +108,37 @@ class Planning:
         full = [e.body["members"] for e in self.record.of_kind("fallback") if e.body.get("out_of_memory")]
         return max(min(full) // 2, 1) if full else None
 
-    def _why_not(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
-        """Why these trials cannot be trained together. A model that cannot be built is the loop's to tell."""
-        if signed not in self._reasons and self.crash.note(f"mapping {signed}"):
-            self._reasons[signed] = "it crashed the process"
-        elif signed not in self._reasons:
-            together = self.trainers["compiled" if self.engine == "compiled" else "fused"]
+    def _why_not(
+        self, signed: str, engine: str, trials: Sequence[int], hparams: Sequence[HParams]
+    ) -> str | None:
+        """Why this engine cannot train these trials together. A model that cannot be built is the loop's to
+        tell."""
+        key, doing = (signed, engine), f"mapping {signed}" if engine == "fused" else f"recording {signed}"
+        if key not in self._reasons and self.crash.note(doing):
+            self._reasons[key] = "it crashed the process"
+        elif key not in self._reasons:
+            together = self.trainers[engine]
             assert isinstance(together, FusedTrainer)
             try:
-                self._reasons[signed] = together.why_not(together.init(trials, hparams))
+                self._reasons[key] = together.why_not(together.init(trials, hparams))
             except Exception as error:
-                self._reasons[signed] = f"its model cannot be built ({error})"
+                self._reasons[key] = f"its model cannot be built ({error})"
             self.crash.note("")
-        return self._reasons[signed]
+        return self._reasons[key]
+
+    def _pays(self, members: int, trial: int, hparams: HParams) -> str | None:
+        """Why it pays to compile the step of so many members like this one, or None."""
+        if not self.lasting:
+            return None  # their number would change, and each number is another program
+        size = min(int(str(hparams["batch_size"])), len(self.trainer.data.train))
+        steps = self.trainer.epochs * self.trainer.order.batches(size)
+        traits = self.trainer.traits(hparams, trial)
+        after = costs.saved_after(self.costs.get("pays_after", {}), traits, members)
+        return (
+            f"{members} trials of {steps:,} steps: compiling pays after {after:,.0f}"
+            if steps >= after
+            else None
+        )
 
     def tell(self, chunks: Sequence[Chunk]) -> None:
         """Says once, for each reason, why trials are trained as they are."""

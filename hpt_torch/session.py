@@ -42,6 +42,7 @@ from hpt_torch.space import Choice, freeze
 from hpt_torch.steered import steered
 from hpt_torch.steering import Steering
 from hpt_torch.task import Task
+from hpt_torch.trainers import inductor
 from hpt_torch.trainers.sizes import parameters
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
@@ -98,6 +99,8 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     if recipe.run.epoch_timeout is not None and not engines.forks(recipe, engines.device_named(device)):
         rule = "needs worker processes, which can be stopped from outside"
         problems.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
+    if recipe.trainer.engine == "compiled":
+        problems += _check_compiles(engines.device_named(device).type)
     if device == "mps" and recipe.trainer.dtype == "float64":
         problems.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
     problems += _check_folds(recipe, task)
@@ -108,6 +111,11 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     fixed = _fixed(recipe, specs)
     filled = {n: value for n, value in fixed.items() if value is not None and is_read(n, recipe, specs)}
     return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
+
+
+def _check_compiles(device: str) -> list[Problem]:
+    lacking = inductor.missing(device)
+    return [] if lacking is None else [Problem("trainer.engine", f"is compiled, but {lacking}")]
 
 
 def _warm_started(recipe: Recipe) -> tuple[Recipe, list[Problem]]:

@@ -89,6 +89,7 @@ class Tuner:
         self.steering, self.steered = Steering(directory.path), steered(record)
         folding = folding_of(recipe)
         self.folds = folding.count if folding is not None else 0
+        self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.planning = Planning(
             record,
             trainers,
@@ -98,8 +99,8 @@ class Tuner:
             folds=self.folds,
             max_parameters=search.max_parameters,
             wants_flops=(second := second_of(recipe)) is not None and second.metric == "flops",
+            lasting=self.pruner is None and recipe.trainer.patience is None,
         )
-        self.scheduler, self.pruner = scheduler_of(recipe), pruner_of(recipe)
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         if self.scheduler is not None and self.budget is not None:
             self.round_size = self.budget  # the population

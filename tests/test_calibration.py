@@ -91,12 +91,12 @@ def test_what_is_written_is_read(table: Path) -> None:
         (lambda text: text[: len(text) // 2], "damaged"),
         (lambda text: "", "damaged"),
         (lambda text: "[1, 2]", "not a cost table"),
-        (lambda text: '{"format": 1}', "not a cost table"),
+        (lambda text: '{"format": 2}', "not a cost table"),
         (lambda text: text.replace("0.5", "0.6"), "SHA-256"),
         (lambda text: text.replace("0.5", "-1"), "above 0"),
         (lambda text: text.replace("0.5", "NaN"), "above 0"),
         (lambda text: text.replace('"2": 0.5', ""), "above 0"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), "this version reads 1"),
+        (lambda text: text.replace('"format": 2', '"format": 3'), "this version reads 2"),
         (lambda text: "[" * 100_000, "damaged"),
         (lambda text: "\udcff", "damaged"),
     ],
@@ -190,7 +190,7 @@ def test_confirmations_and_baselines_plan_as_the_run_that_they_belong_to(
 
 # -- measuring it --------------------------------------------------------------------------------------
 
-TINY = calibration.Effort(members=(2,), rows=64, repeats=1, seconds=0.0)
+TINY = calibration.Effort(members=(2,), compiled=(), rows=64, repeats=1, seconds=0.0)
 
 
 def test_what_is_measured_is_kept_and_planned_with(table: Path) -> None:

@@ -37,7 +37,7 @@ def _plan(
 ) -> list[Chunk]:  # fmt: skip
     return plan(
         list(enumerate(signatures)), engine=engine, device=device, slow=costs.slow_together(device),
-        traits=lambda trial: frozenset(traits), why_not=lambda trials: why, fits=fits,
+        traits=lambda trial: frozenset(traits), why_not=lambda trials, engine: why, fits=fits,
     )  # fmt: skip
 
 

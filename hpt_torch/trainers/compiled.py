@@ -20,7 +20,7 @@ from hpt_torch.data import Rows
 from hpt_torch.population import Population
 from hpt_torch.trainers import base, inductor, traced
 from hpt_torch.trainers.fused import FusedTrainer
-from hpt_torch.trainers.programs import shapes
+from hpt_torch.trainers.programs import plain, shapes
 from hpt_torch.trainers.stack import Stack, column
 
 _MOST_PROGRAMS = 64
@@ -41,7 +41,8 @@ class CompiledStack(Stack):
         """The factors of each step, (S, K, P): learning rate, Adam's corrections, and whether the norm of the
         gradient is measured of members that do not clip it."""
         steps = lr_PS.shape[1]
-        count_PS = torch.tensor(self.steps, dtype=torch.float64)[:, None] + torch.arange(1, steps + 1)
+        taken = self.population.batch[self.chosen[0]]  # of this epoch, where it goes on in the middle
+        count_PS = torch.tensor(self.steps, dtype=torch.float64)[:, None] + torch.arange(1, steps + 1) - taken
         corrections = [torch.ones_like(lr_PS)] * 2
         if self.optimizer in optim.ADAMS:
             betas = {name: self.values_P[name][:, None] for name in ("beta1", "beta2")}
@@ -51,15 +52,17 @@ class CompiledStack(Stack):
         self.factors_SKP = factors_SKP.to(self.trainer.device, self.trainer.dtype).contiguous()
 
     def step(self, batch: Mapping[str, Tensor], index: int) -> None:
-        own = {**self.h, "clipping": self.clipping_P}
-        arguments = (
-            *(self.params, self.buffers, self.slots, self.sums, own),
-            *(self.factors_SKP[index], self.keys_SAL[index], dict(batch)),
-        )
+        arguments = self.arguments(batch, index)
         key = self.key(batch)
         if key not in self.trainer.compiled:
             self.trainer.hold(key, self.program(self.whole, arguments))
         self._count(self.trainer.compiled[key](*arguments), index)
+
+    def arguments(self, batch: Mapping[str, Tensor], index: int) -> tuple[Any, ...]:
+        """Those of `whole` for a step on this batch."""
+        own = {**self.h, "clipping": self.clipping_P}
+        state = self.params, self.buffers, self.slots, self.sums
+        return *state, own, self.factors_SKP[index], self.keys_SAL[index], dict(batch)
 
     def _count(self, grads: Mapping[str, Tensor], index: int) -> None:
         """Takes note of a step, and of its gradient's norm where the step has not."""
@@ -73,13 +76,20 @@ class CompiledStack(Stack):
         return self.program_key, shapes(batch), left_out
 
     def program(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """The compiled function (`whole`, say) for arguments of these shapes. Changes nothing: it runs once,
-        on copies of what it changes."""
+        """The compiled function (`whole`, say) for arguments of these shapes."""
+        recorded = self.recorded(function, arguments)
+        if recorded is None:
+            raise RuntimeError(
+                "the step reads the values of tensors; `CompiledTrainer.why_not` tells beforehand"
+            )
+        return inductor.compiled(recorded)
+
+    def recorded(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> traced.Flat | None:
+        """What the function does. Changes nothing: it runs once, on copies of what it changes."""
         copies = [{n: t.clone() for n, t in state.items()} for state in arguments[:4]]
         rest = [t.clone() if isinstance(t, Tensor) else t for t in arguments[4:]]
         recorded, _ = traced.record(function, *copies, *rest)
-        assert recorded is not None, "`why_not` has recorded it"
-        return inductor.compiled(recorded)
+        return recorded
 
     def whole(
         self,
@@ -118,7 +128,7 @@ class CompiledStack(Stack):
         for group in self.treatments:
             for name in (self.names[i] for i in group.indices):
                 param = self.params[name]
-                h: dict[str, Any] = {n: column(self.h[n], param) for n in optim.READ if n in self.h}
+                h: dict[str, Any] = {n: column(self.h[n], param) for n in sorted(optim.READ) if n in self.h}
                 lr_P, *corrections = (column(factor_P, param) for factor_P in factors_KP.unbind(0)[:3])
                 h["lr"] = lr_P * h["head_lr_factor"] if group.head else lr_P
                 h["nesterov"] = self.static["nesterov"]
@@ -158,4 +168,23 @@ class CompiledTrainer(FusedTrainer):
 
     def why_not(self, population: Population) -> str | None:
         """Why these members cannot be trained by compiled steps, or None. Nothing is compiled for it."""
-        return super().why_not(population)
+        lacking = inductor.missing(self.device.type)
+        if lacking is not None:
+            return lacking
+        if self.device.type == "cuda" and "convolution" in self.traits(
+            population.hparams[0], population.trials[0]
+        ):
+            return "compiled convolutions were not equal to the loop's on CUDA"
+        reason = super().why_not(population)
+        if reason is not None:
+            return reason
+        rows = self.data.train.slice(0, min(2, len(self.data.train)))
+        stack = CompiledStack(self, population.copy(), list(range(len(population))))
+        stack.begin_epoch(0, 1)
+        watched = self.task, *stack.module.modules()
+        before = plain(watched)
+        if stack.recorded(stack.whole, stack.arguments(rows, 0)) is None:
+            return "its step reads the values of tensors, which a compiled one cannot"
+        if plain(watched) != before:
+            return "its step changes numbers that the model or the task keeps, which a compiled one would not"
+        return None

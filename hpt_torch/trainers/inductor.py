@@ -6,18 +6,25 @@ and nothing is guarded or compiled again at a call.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import operator
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_unflatten
 
-from hpt_torch.trainers.traced import Flat, flat
+from hpt_torch.trainers.traced import STATISTICS, Flat, flat, record
+
+_aten = torch.ops.aten
+# Batch norm that says that it writes into the running statistics: what does not say so (`STATISTICS`) may
+# lose them on its way through the compiler.
+_NORM = _aten._native_batch_norm_legit.default
 
 
 @functools.cache
@@ -47,13 +54,32 @@ def missing(device: str) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def nothing_cached(device: torch.device) -> Iterator[None]:
+    """Within it, what is compiled is compiled anew, but for what every program needs."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        recorded, _ = record(lambda x: x + 1, torch.ones(64, device=device))
+        assert recorded is not None
+        compiled(recorded)  # g++ reads torch's headers once
+        yield
+
+
 def compiled(recorded: Flat) -> Callable[..., Any]:
     """The recorded function, compiled for arguments of the shapes that it was recorded with."""
+    # It warns that there is a CUDA toolkit and no CUDA device.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch._guards import TracingContext, tracing
     from torch._inductor import compile as compile_graph
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     module, constants = _graph(recorded)
-    inputs: list[Any] = [*recorded.inputs, *constants]
-    with warnings.catch_warnings():
+    # Without a shape environment, which Dynamo would have set up, nothing is looked up in the cache on disk.
+    fake = FakeTensorMode(shape_env=ShapeEnv())
+    inputs: list[Any] = [fake.from_tensor(t, static_shapes=True) for t in (*recorded.inputs, *constants)]
+    with warnings.catch_warnings(), tracing(TracingContext(fake)):
         warnings.simplefilter("ignore")  # advice on settings that the recipe decides
         run = compile_graph(module, inputs, options=_options(inputs[0].device))
     spec = recorded.spec
@@ -88,7 +114,7 @@ def _graph(recorded: Flat) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     def see(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and id(leaf) not in nodes and id(leaf) not in produced:
             nodes[id(leaf)] = graph.placeholder(f"c{len(constants)}")
-            constants.append(leaf.detach())
+            constants.append(leaf.detach().clone())  # what shares memory is compiled with care, and slowly
         return leaf
 
     def node(leaf: Any) -> Any:
@@ -99,9 +125,13 @@ def _graph(recorded: Flat) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     tree_map(see, recorded.results)
     for call in recorded.calls:
         args, kwargs = tree_map(node, call.arguments)
-        made = graph.call_function(call.op, tuple(args), kwargs)
+        told = call.op in STATISTICS
+        made = graph.call_function(_NORM if told else call.op, tuple(args), kwargs)
         for i, output in enumerate(call.outputs):
-            part = made if call.single else graph.call_function(operator.getitem, (made, i))
+            if told and i == 3:  # cuDNN's scratch for the way back, which the compiler takes without
+                part = graph.call_function(_aten.new_zeros.default, (args[0], [0]), {"dtype": output.dtype})
+            else:
+                part = made if call.single else graph.call_function(operator.getitem, (made, i))
             nodes.setdefault(id(output), part)
     graph.output(tuple(node(result) for result in recorded.results))
     return torch.fx.GraphModule(torch.nn.Module(), graph), constants

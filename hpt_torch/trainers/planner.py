@@ -34,16 +34,18 @@ def plan(
     device: str,
     slow: frozenset[str],
     traits: Callable[[int], frozenset[str]],
-    why_not: Callable[[Sequence[int]], str | None],
+    why_not: Callable[[Sequence[int], str], str | None],
+    pays: Callable[[Sequence[int]], str | None] = lambda trials: None,
     folds: int = 0,
     fits: int | None = None,
 ) -> list[Chunk]:
     """The chunks of a round, in the order of their first trials; with folds, each once a fold.
 
     signatures: (trial, signature) in order. engine: of the recipe. device: its type. slow: the traits of
-    models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model; why_not:
-    why trials cannot be mapped together. Both are asked only where they matter. fits: how many the memory
-    holds at once, where that is known.
+    models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model. why_not:
+    why trials cannot be trained together by this engine. pays: why it pays to compile the step of so many
+    trials, or None. These three are asked only where they matter. fits: how many the memory holds at once,
+    where that is known.
     """
     groups: dict[str, list[int]] = {}
     parts = range(folds) if folds else [None]
@@ -52,7 +54,7 @@ def plan(
     chunks = []
     for trials in groups.values():
         for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device, fits)):
-            chosen, why = _choose(part, engine, device, slow, traits, why_not)
+            chosen, why = _choose(part, engine, device, slow, traits, why_not, pays)
             pieces = [part] if chosen in TOGETHER else [[trial] for trial in part]
             for piece in pieces:
                 for fold in parts:
@@ -67,13 +69,14 @@ def _choose(
     device: str,
     slow: frozenset[str],
     traits: Callable[[int], frozenset[str]],
-    why_not: Callable[[Sequence[int]], str | None],
+    why_not: Callable[[Sequence[int], str], str | None],
+    pays: Callable[[Sequence[int]], str | None],
 ) -> tuple[str, str]:
     if engine == "loop":
         return "loop", "asked for"
     if len(trials) == 1:
         return "loop", "the only trial of its signature"
-    reason = why_not(trials[:2])
+    reason = why_not(trials[:2], "fused")
     if engine == "auto" and reason is None:
         slowing = traits(trials[0]) & slow if slow else slow
         if slowing:
@@ -81,9 +84,14 @@ def _choose(
             return "loop", f"{' and '.join(sorted(slowing))} train faster one by one on {where}"
     if reason is not None:
         return "loop", f"cannot be mapped over members: {reason}"
-    if engine == "compiled":
-        return "compiled", "asked for"
-    return "fused", "asked for" if engine == "fused" else f"{len(trials)} trials of one signature"
+    if engine == "fused":
+        return "fused", "asked for"
+    why = "asked for" if engine == "compiled" else pays(trials)
+    hindrance = why and why_not(trials[:2], "compiled")
+    if why and not hindrance:
+        return "compiled", why
+    uncompiled = f"; not compiled: {hindrance}" if hindrance else ""
+    return "fused", f"{len(trials)} trials of one signature{uncompiled}"
 
 
 def _largest(members: int, groups: int, engine: str, device: str, fits: int | None) -> int:

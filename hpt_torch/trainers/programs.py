@@ -93,7 +93,7 @@ class Program:
     def _trace(
         self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
     ) -> Any:
-        saved, before = _copies(buffers), _plain(self._watched)
+        saved, before = _copies(buffers), plain(self._watched)
         repeat_draws = torch_bookmark(_devices(params))
         try:
             run, outputs = trace(function, params, buffers, *rest, constants=self._constants)
@@ -102,7 +102,7 @@ class Program:
             for name, tensor in saved.items():
                 buffers[name].copy_(tensor)
             return function(params, buffers, *rest)
-        self._run = run if _plain(self._watched) == before else None
+        self._run = run if plain(self._watched) == before else None
         return outputs
 
 
@@ -110,7 +110,7 @@ def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in buffers.items()}
 
 
-def _plain(watched: Iterable[object]) -> list[dict[str, Any]]:
+def plain(watched: Iterable[object]) -> list[dict[str, Any]]:
     """The objects' attributes that are numbers and the like."""
     kinds = (bool, int, float, str, tuple, type(None))
     return [

@@ -84,7 +84,7 @@ class Stack:
         trainer = self.trainer
         self.values_P = {
             name: torch.tensor([_float(h[name]) for h in self.hparams], dtype=torch.float64)
-            for name in trainer.dynamic
+            for name in sorted(trainer.dynamic)
             if self.hparams[0].get(name) is not None
         }
         self.h = {name: t.to(trainer.device, trainer.dtype) for name, t in self.values_P.items()}

@@ -25,6 +25,12 @@ _aten = torch.ops.aten
 # number in the code.
 _BLANKS = frozenset({_aten.zeros_like.default, _aten.ones_like.default, _aten.new_zeros.default})
 _LITERALS = frozenset({_aten.lift_fresh.default, _aten.lift_fresh_copy.default})
+# These write into the running statistics that they are given, of which their schemas say nothing.
+STATISTICS = {
+    _aten.native_batch_norm.default: ("running_mean", "running_var"),
+    _aten.cudnn_batch_norm.default: ("running_mean", "running_var"),
+    _aten.miopen_batch_norm.default: ("running_mean", "running_var"),
+}
 _MANY_ROWS = 3  # from as many on, `unbind` is cheaper than `select` for each
 
 
@@ -241,6 +247,7 @@ def _written(call: _Call) -> list[Tensor]:
     schema = call.op._schema.arguments
     given = {**dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
     changed = [a.name for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    changed += STATISTICS.get(call.op, ())
     return [tensor for name in changed for tensor in _tensors(given.get(name))]
 
 

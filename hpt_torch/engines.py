@@ -112,7 +112,7 @@ def forks(recipe: Recipe, device: torch.device) -> bool:
     if recipe.executor != "auto":
         return recipe.executor == "processes"
     alone = recipes.planned_trials(recipe) == 1  # nobody else would use the other cores
-    return device.type == "cpu" and processes.supported() and not alone
+    return device.type == "cpu" and processes.supported() and not alone and processes.can_train()
 
 
 def executor(

@@ -96,6 +96,9 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
         problems.append(
             Problem("executor", "processes are forked, which needs Linux and device cpu; use auto or inline")
         )
+    elif recipe.executor == "processes" and not processes.can_train():
+        rule = "processes are forked, and forks of this one cannot train: it has used CUDA or torch.compile"
+        problems.append(Problem("executor", f"{rule}; use auto or inline, or a process that has not"))
     if recipe.run.epoch_timeout is not None and not engines.forks(recipe, engines.device_named(device)):
         rule = "needs worker processes, which can be stopped from outside"
         problems.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))

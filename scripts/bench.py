@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_durability
+import bench_engines
 import bench_members
 import bench_pbt
 import bench_quality
@@ -182,6 +183,8 @@ for _command in (
     bench_durability.durability,
     bench_reach.reach,
     bench_members.members,
+    bench_engines.engines,
+    bench_engines.planner,
 ):
     app.command()(_command)
 

@@ -58,6 +58,12 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[traced.Flat]:
     return done
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph that the compiler gets, run as it is."""
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs, options: graph)
+
+
 def _trainer(task: Supervised, dtype: torch.dtype = torch.float64, epochs: int = 3) -> CompiledTrainer:
     return CompiledTrainer(
         task, task.data().to(CPU, dtype), device=CPU, dtype=dtype, seed=3, epochs=epochs, keep=task.objective
@@ -67,32 +73,34 @@ def _trainer(task: Supervised, dtype: torch.dtype = torch.float64, epochs: int =
 # -- the same numbers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "linear")]
-)
+@pytest.mark.parametrize("name", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_compiled_equals_the_loop(name: str, compilations: list[traced.Flat]) -> None:
     """Float64, every dynamic hyperparameter differing: weights, buffers, moments, kept weights, metrics."""
-    task = _task(name)
-    values = _varied(task, name, 5, schedule="cosine")
-    trials = list(range(5))
+    _equal_to_the_loop(_task(name), _varied(_task(name), name, 5, schedule="cosine"))
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_handed_to_the_compiler_equals_the_loop(name: str, uncompiled: None) -> None:
+    """To compile all of them takes minutes (test_gpu.py does)."""
+    _equal_to_the_loop(_task(name), _varied(_task(name), name, 5, schedule="cosine"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_every_optimizer(optimizer: str, uncompiled: None) -> None:
+    task, name = _task("mlp"), "mlp"
+    more = {"nesterov": True, "accumulation_steps": 3, "ema": True}
+    _equal_to_the_loop(task, _varied(task, name, 3, optimizer=optimizer, **more))
+
+
+def _equal_to_the_loop(task: Supervised, values: list[dict[str, Any]]) -> None:
+    trials = list(range(len(values)))
     loop, expected, _ = _train(LoopTrainer, task, trials, values, keep=True)
     mine, got, _ = _train(CompiledTrainer, task, trials, values, keep=True)
-    assert len(compilations) == 1
     for i in trials:
         _close(loop, i, mine, i, 1e-9)
         for a, b in zip(expected[i], got[i], strict=True):
             assert b == pytest.approx(a, rel=1e-8, abs=1e-8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
-def test_every_optimizer(optimizer: str) -> None:
-    task, name = _task("linear"), "linear"
-    values = _varied(task, name, 3, optimizer=optimizer, nesterov=True, accumulation_steps=3, ema=True)
-    loop, _, _ = _train(LoopTrainer, task, [0, 1, 2], values)
-    mine, _, _ = _train(CompiledTrainer, task, [0, 1, 2], values)
-    for i in range(3):
-        _close(loop, i, mine, i, 1e-9)
 
 
 @pytest.mark.slow

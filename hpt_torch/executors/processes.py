@@ -40,6 +40,22 @@ def supported() -> bool:
     return sys.platform.startswith("linux")
 
 
+def can_train() -> bool:
+    """Whether a fork of this process can train: not where autograd has threads for devices, which is so once
+    a process has trained on a machine with CUDA, or with torch.compile."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 def cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if supported() else os.cpu_count() or 1

@@ -68,6 +68,9 @@ def nothing_cached(device: torch.device) -> Iterator[None]:
 
 def compiled(recorded: Flat) -> Callable[..., Any]:
     """The recorded function, compiled for arguments of the shapes that it was recorded with."""
+    # autograd counts the devices at its first use, and whoever forks after it has started threads for one
+    # cannot train any more: it must not count those that torch.compile registers and that are not there.
+    torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
     # It warns that there is a CUDA toolkit and no CUDA device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch._guards import TracingContext, tracing

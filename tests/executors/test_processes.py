@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -250,3 +252,36 @@ def test_too_many_failures_stop_the_run(
         failed = [t for t in record.in_order() if t.state.value == "FAILED"]
     assert len(failed) == 2
     run_quick(tmp_path / "run", "run.max_failures=99", "search.trials=4", task=task)
+
+
+_COMPILES = """
+import sys
+import torch
+torch.compile(lambda x: x * 2)(torch.ones(3))
+torch.ones((), requires_grad=True).backward()
+import hpt_torch as hpt
+from hpt_torch.executors import processes
+assert not processes.can_train()
+from sklearn.datasets import load_digits
+from hpt_torch.models import Linear
+task = hpt.Classification(Linear, hpt.split(*load_digits(return_X_y=True), seed=0))
+what = {"trials": 3, "epochs": 1, "device": "cpu", "tensorboard": False, "progress": False}
+space = {"lr": hpt.Float(0.001, 0.1)}
+result = hpt.tune(task, space, **what, run_dir=sys.argv[1])
+print(sorted(trial.state.value for trial in result.trials))
+try:
+    hpt.tune(task, space, **what, executor="processes", run_dir=sys.argv[1] + "-2")
+except hpt.RecipeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_forks_cannot_train_trains_inline(tmp_path: Path) -> None:
+    """One that has used torch.compile first, and then autograd."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILES, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "['COMPLETE', 'COMPLETE', 'COMPLETE']" in done.stdout
+    assert "executor: processes are forked, and forks of this one cannot train" in done.stdout

@@ -64,7 +64,8 @@ def tune(
     trained again on all their rows. evaluation: as a recipe's [evaluation], e.g. ``{"repeats": 2}``.
     refit: without folds too. confirm: the best so many trials are trained again with five new seeds, and the
     one with the best mean is chosen.
-    engine: auto, loop, fused. executor: auto, inline, processes; workers: how many, no matter to the result.
+    engine: auto, loop, fused, compiled. executor: auto, inline, processes; workers: how many, no matter to
+    the result.
     run_dir: everything is kept there, and calling again with the same arguments goes on where it was. By
     default a directory under ``runs/`` named after the task and a hash of these arguments, the data and the
     model's source, so that running a changed script is a new run and an unchanged one continues.

@@ -37,8 +37,9 @@ def doctor(
 ) -> None:
     """Shows versions, devices, settings, what is missing. Exit status 1: something keeps runs from working.
 
-    Whether trials of a kind of model train faster together or one by one depends on the machine. With
-    --calibrate that is measured, in about a minute, and new runs plan with it; those that have begun do not.
+    Whether trials of a kind of model train faster together or one by one depends on the machine, and so does
+    after how many steps it pays to compile them. With --calibrate that is measured, in a minute or two, and
+    new runs plan with it; those that have begun do not.
     """
     if calibrate:
         _calibrate(err=as_json)

@@ -20,7 +20,7 @@ from hpt_torch.types import HParams, TrialState
 
 class Planning:
     """The chunks of a run. engine: of the recipe; `say` tells the user why they are as they are. lasting:
-    trials that train together all train to the end."""
+    trials that train together do so to the end."""
 
     def __init__(
         self,
@@ -158,9 +158,9 @@ class Planning:
         return [c for c in chunks if not all(self.is_done(n, c.fold) for n in c.trials)]
 
     def chunk_of(self, number: int) -> Chunk:
-        """The chunk in which this trial was trained."""
+        """The chunk in which this trial was trained, the last one."""
         chunks = [chunk for plan in self.record.of_kind("plan") for chunk in self._planned(plan)]
-        return next(chunk for chunk in chunks if number in chunk.trials)
+        return next(chunk for chunk in reversed(chunks) if number in chunk.trials)
 
     def _planned(self, plan: Event) -> list[Chunk]:
         chunks = [Chunk(**{**c, "trials": tuple(c["trials"])}) for c in plan.body["chunks"]]

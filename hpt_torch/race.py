@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hpt_torch import promotion
 from hpt_torch.crossval import end_of, has_failed
 from hpt_torch.executors import Boundary, Segment
 from hpt_torch.record import Event, finish_event
@@ -82,14 +83,18 @@ class Race:
 
     def _decide(self, epoch: int) -> None:
         """Records who stops at this boundary, unless that is recorded already."""
-        place = {"round": self.round, "epoch": epoch}
-        if any(event.body.items() >= place.items() for event in self.record.of_kind("pruning")):
+        plan = self.record.last("plan")
+        made = [event for event in self.record.of_kind("pruning") if plan is None or event.seq > plan.seq]
+        if any(event.body["epoch"] == epoch for event in made):
             return
         # Where a fold has failed the trial goes no further: all folds are at this boundary now.
         failed = [t for t in self.record.in_order() if t.round == self.round and has_failed(t)]
         self.tuner.commit(*(end_of(trial) for trial in failed if not trial.state.is_finished))
         trials = self.record.in_order()
-        racing = [t for t in trials if t.round == self.round and not t.state.is_finished]
+        ahead = {number for number, start in promotion.arrivals(self.record).items() if start >= epoch}
+        racing = [
+            t for t in trials if t.round == self.round and not t.state.is_finished and t.number not in ahead
+        ]
         metric = self.tuner.objective.metric
         stops = self.pruner.decide(
             [
@@ -106,9 +111,16 @@ class Race:
             epochs=self.tuner.recipe.trainer.epochs,
             seed=self.tuner.recipe.seed,
         )
-        body = {**place, "stopped": [stop.trial for stop in stops]}
+        body: dict[str, Any] = {"round": self.round, "epoch": epoch, "stopped": [s.trial for s in stops]}
+        states, gone = list[Event](), list[str]()
+        if promotion.promotes(self.pruner):
+            body["kept"], states, gone = promotion.keep(
+                self.tuner, epoch, body["stopped"], list(self.segments.values())
+            )
         ends = (finish_event(stop.trial, TrialState.PRUNED, stop.reason) for stop in stops)
-        self.tuner.commit(Event(kind="pruning", body=body), *ends)
+        self.tuner.commit(*states, Event(kind="pruning", body=body), *ends)
+        for key in gone:
+            self.tuner.drop_old_states(key, ended=True)
         for key, chunk in self.chunks.items():
             if all(self.record.trials[number].state.is_finished for number in chunk.trials):
                 self.tuner.drop_old_states(key, ended=True)

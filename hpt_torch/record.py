@@ -234,6 +234,10 @@ class Record:
             case "pause":
                 for number in body["trials"]:
                     self._update(number, state=TrialState.PAUSED)
+            case "promotion":
+                again = {"state": TrialState.RUNNING, "reason": "", "weights_sha256": "", "kept_epoch": 0}
+                for number, _ in body["trials"]:
+                    self._update(number, round=body["round"], **again)
             case "generation":
                 for copy in body["exploits"]:
                     self._exploit(body["generation"], body["epoch"], copy)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hpt_torch import checkpoint, crossval, samplers
+from hpt_torch import checkpoint, crossval, promotion, samplers
 from hpt_torch.crash import CrashLog
 from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
@@ -32,7 +32,7 @@ from hpt_torch.record import (
     report_event,
     state_event,
 )
-from hpt_torch.report.confirmation import REFIT, chosen, refitted
+from hpt_torch.report.confirmation import REFIT, best_of, chosen, refitted
 from hpt_torch.room import Room
 from hpt_torch.rundir import RunDir
 from hpt_torch.steered import steered
@@ -99,7 +99,7 @@ class Tuner:
             folds=self.folds,
             max_parameters=search.max_parameters,
             wants_flops=(second := second_of(recipe)) is not None and second.metric == "flops",
-            lasting=self.pruner is None and recipe.trainer.patience is None,
+            lasting=self.pruner is None and recipe.trainer.patience is None and not self._regroups,
         )
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         if self.scheduler is not None and self.budget is not None:
@@ -161,6 +161,11 @@ class Tuner:
         return self._used_before + self.record.elapsed() >= limit + self.steered.seconds
 
     @property
+    def _regroups(self) -> bool:
+        """Whether trials change their signature, and with it whom they train with."""
+        return self.scheduler is not None and not self.trainer.dynamic.issuperset(self.recipe.space)
+
+    @property
     def budget(self) -> int | None:
         """How many trials the sampler may propose; None: as many as fit into the time."""
         planned = planned_trials(self.recipe)
@@ -182,15 +187,18 @@ class Tuner:
         proposed = next_round(
             self.record, self.recipe, self.objective, size=self.round_size, budget=self.budget
         )
-        if proposed is None:
+        rounds = [trial.round for trial in self.record.trials.values()]
+        number = max(rounds, default=-1) + 1 if proposed is None else proposed.number
+        promotions, going_on = promotion.promotions(self, number)
+        if proposed is None and not going_on:
             return False
-        events, hparams = self.planning.beginnings(proposed, self.fixed)
+        events, hparams = self.planning.beginnings(proposed, self.fixed) if proposed else ([], {})
         if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
-        chunks = self.planning.chunks_of(hparams)
-        plan = [dataclasses.asdict(chunk) for chunk in chunks]
-        self.commit(*events, Event(kind="plan", body={"round": proposed.number, "chunks": plan}))
+        chunks = [*going_on, *self.planning.chunks_of(hparams)]
+        plan = Event(kind="plan", body={"round": number, "chunks": [dataclasses.asdict(c) for c in chunks]})
+        self.commit(*events, plan, *promotions)
         self.planning.tell(chunks)
         return True
 
@@ -244,12 +252,15 @@ class Tuner:
 
     def segment(self, chunk: Chunk, until_epoch: int | None = None, *, anew: bool = False) -> Segment:
         """The chunk to its end (default: the recipe's epochs), from its newest good state unless `anew`."""
-        state, files = None, [] if anew else self.record.state_files.get(chunk.key, [])
-        for file in reversed(files[-KEEP_STATES:]):
+        state, files = None, self.record.state_files.get(chunk.start, [])[-1:]
+        files = files + ([] if anew else self.record.state_files.get(chunk.key, [])[-KEEP_STATES:])
+        for file in reversed(files):
             try:
                 state = checkpoint.load(self.dir.checkpoints / file.name, file.sha256)
                 break
             except DamageError as error:
+                if chunk.start == file.key:
+                    raise  # trained again from the start it would have another engine
                 self.say(f"{error}; going back to the state before it")
         return Segment(
             key=chunk.key,
@@ -340,7 +351,7 @@ class Tuner:
         if self.scheduler is not None:
             left = any(not trial.state.is_finished for trial in self.record.trials.values())
             open_keys = [POPULATION] if left else []
-        for key in open_keys:
+        for key in (*open_keys, *promotion.needed(self.record)):
             needed |= {file.name for file in self.record.state_files.get(key, [])[-KEEP_STATES:]}
         return needed
 
@@ -372,6 +383,7 @@ class Tuner:
         before = len(self.record.events)
         self.record.append(*events)
         for event in events:
+            self.finished -= len(event.body["trials"]) if event.kind == "promotion" else 0
             if event.kind == "finish":
                 trial = self.record.trials[event.body["trial"]]
                 self.finished += 1
@@ -385,9 +397,3 @@ class Tuner:
     def say(self, line: str) -> None:
         for observer in self.observers:
             observer.say(line)
-
-
-def best_of(record: Record, objective: Objective) -> Trial | None:
-    """The completed trial with the best score; the lower number where scores are equal."""
-    ranked = objective.ranked([t for t in record.in_order() if t.state is TrialState.COMPLETE])
-    return ranked[0] if ranked else None

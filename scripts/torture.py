@@ -87,6 +87,8 @@ CASES = {
     "gp-asha-fused-inline-mlp": case(MLP, "gp", "fused", "inline", scheduler={"kind": "asha"}),
     "grid-fifo-fused-processes-mlp": case(MLP, "grid", "fused", "processes", space=GRID),
     "grid-asha-loop-inline-mlp": case(MLP, "grid", "loop", "inline", space=GRID, scheduler={"kind": "asha"}),
+    "random-fifo-compiled-processes-mlp": case(MLP, "random", "compiled", "processes"),
+    "random-pbt-compiled-inline-mlp": case(MLP, "random", "compiled", "inline", scheduler=PBT),
     "random-pbt-fused-processes-mlp": case(MLP, "random", "fused", "processes", scheduler=PBT, run=ALWAYS),
     "random-pbt-loop-inline-mlp-baselines": case(
         MLP, "random", "loop", "inline", scheduler={**PBT, "baseline": True}, search={"trials": 3}

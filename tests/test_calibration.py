@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hpt_torch import recipe as recipes
 from hpt_torch.data import cache
 from hpt_torch.record import Record
 from hpt_torch.task import Task
-from hpt_torch.trainers import costs
+from hpt_torch.trainers import costs, inductor
 from hpt_torch.trainers.costs import SHIPPED, Costs
 from hpt_torch.types import DamageError, RunError
 
@@ -154,7 +156,8 @@ def test_a_run_that_was_cut_before_it_began_takes_the_table_there_is(
 
 def test_a_record_of_before_plans_with_the_shipped_table(table: Path) -> None:
     _put(table)
-    assert costs.recorded({"device": "cpu"}, "cpu") == SHIPPED.as_recorded("cpu")
+    shipped = SHIPPED.as_recorded("cpu")
+    assert costs.recorded({"device": "cpu"}, "cpu") == {**shipped, "pays_after": {}}  # nothing was compiled
     assert costs.recorded({"costs": OWN.as_recorded("cpu")}, "cpu") == OWN.as_recorded("cpu")
 
 
@@ -236,3 +239,25 @@ def test_the_shipped_table_reads_as_written() -> None:
     assert json.loads(SHIPPED.dumps())["measured"] == ""
     assert SHIPPED.slow_together("cpu") == {"convolution", "lstm"}
     assert SHIPPED.slow_together("cuda") == frozenset()
+
+
+def test_what_pays_for_compiling_is_known_of_so_many_members_or_fewer() -> None:
+    table = {"dense": {"2": 100.0, "8": 40.0}, "rnn": {"4": 500.0}}
+    found = [costs.saved_after(table, ["dense"], members) for members in (1, 2, 7, 8, 32)]
+    assert found == [math.inf, 100.0, 100.0, 40.0, 40.0]
+    assert costs.saved_after(table, ["dense", "rnn"], 8) == 500.0
+    assert costs.saved_after(table, ["lstm"], 8) == costs.saved_after({}, ["dense"], 8) == math.inf
+
+
+@pytest.mark.slow
+def test_compiling_is_measured(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TRAITS", ())
+    # From torch's cache on disk, where it is there: this is not about how long compiling takes.
+    monkeypatch.setattr(inductor, "nothing_cached", lambda device: contextlib.nullcontext())
+    said: list[str] = []
+    effort = calibration.Effort(compiled=(8,), rows=512, repeats=3, seconds=0.05)
+    found = calibration.calibrate(said.append, effort)
+    (steps,) = found.pays_after["cpu"]["dense"].values()
+    assert 10 < steps < 10**6
+    assert said == [line for line in said if "8 compiled in" in line]
+    assert calibration.present() == found

@@ -330,6 +330,12 @@ def test_a_run_compiles_where_the_table_says_that_it_pays(
     assert engines("short", epochs=17) == fused
     assert engines("patient", epochs=20, patience=30) == fused
     assert engines("pruned", "scheduler.kind=median", epochs=20) == fused
+    population = ("scheduler.kind=pbt", "scheduler.interval_epochs=5")
+    assert engines("population", *population, epochs=20) == {("compiled", why)}
+    regrouped = ("space.batch_size={choice = [256, 255]}", "hparams={}")
+    assert "compiled" not in {
+        engine for engine, _ in engines("regrouped", *population, *regrouped, epochs=20)
+    }
 
 
 @pytest.mark.slow

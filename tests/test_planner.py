@@ -146,7 +146,7 @@ def test_a_group_that_the_memory_does_not_hold_is_halved_and_later_groups_are_no
     assert [max(sizes[0]), max(sizes[1])] == [8, 2]
     assert [event.body["members"] for event in full] == [8, 8, 4, 4, 4, 4]
     assert all(event.body["out_of_memory"] for event in full)
-    for step in range(2, switch.count, 9):
+    for step in range(2, switch.count, 23):
         path = tmp_path / str(step)
         assert switch.cut(step, bool(step % 2), functools.partial(run_quick, path, *settings)) == whole, step
 

@@ -85,6 +85,10 @@ class Standing:
                 case "pause":
                     for number in body["trials"]:
                         self._enter(number, TrialState.PAUSED)
+                case "promotion":
+                    for number, epoch in body["trials"]:
+                        self._enter(number, TrialState.RUNNING)
+                        self._begun[number] = epoch * max(1, self.folds)
                 case "generation":
                     self.generation, self.boundary = body["generation"], body["epoch"]
                 case "pruning":

@@ -80,6 +80,11 @@ def chosen(record: Record, objective: Objective) -> Trial | None:
     found = confirmation_of(record, objective)
     if found is not None:
         return record.trials[found.winner]
+    return best_of(record, objective)
+
+
+def best_of(record: Record, objective: Objective) -> Trial | None:
+    """The completed trial with the best score; the lower number where scores are equal."""
     ranked = objective.ranked([t for t in record.in_order() if t.state is TrialState.COMPLETE])
     return ranked[0] if ranked else None
 

@@ -3,14 +3,14 @@
 Jamieson and Talwalkar 2016 (arXiv 1502.07943): successive halving. Li et al. 2018, "Hyperband" (arXiv
 1603.06560): brackets of it that begin later, for when early scores mislead. Li et al. 2020, "A System for
 Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934): ASHA, which compares with all that ever reached
-the rung, so that rounds may be small. Ours decide at boundaries, on what is recorded: a function of the
-history, whatever the order in which workers came back.
+the rung, so that rounds may be small, and promotes who was stopped too early. Ours decide at boundaries, on
+what is recorded: a function of the history, whatever the order in which workers came back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,8 @@ class Halving:
     kind: HalvingName
     """successive_halving: of each round's trials the best 1 / reduction_factor pass each rung.
     hyperband: the same within brackets, to which trials belong by chance, in Hyperband's proportions.
-    asha: a trial passes if it is among the best 1 / reduction_factor of all that ever reached the rung."""
+    asha: a trial passes if it is among the best 1 / reduction_factor of all that ever reached the rung. One
+    that was stopped and is so later, for others did worse, goes on from there in the next round."""
 
     min_epochs: int = 1
     """The first rung."""
@@ -83,26 +84,11 @@ class Halving:
         epoch = racing[0].epoch
         scores = {member.number: member.score for member in racing}
         if self.kind == "asha":
-            scores |= {
-                trial.number: report.metrics.get(objective.metric)
-                for trial in history
-                for report in trial.reports
-                if report.epoch == epoch
-            }
-        sign = -1.0 if objective.direction == "maximize" else 1.0
-
-        def place(number: int) -> tuple[float, int]:
-            score = scores[number]
-            known = score is not None and math.isfinite(score)
-            # Ties are broken by chance, not by the order in which trials were proposed.
-            return sign * score if known else math.inf, derive_seed(seed, "halving", epoch, number)  # type: ignore[operator]
-
-        ranked = sorted(scores, key=place)
-        if self.kind == "asha" and len(ranked) < self.reduction_factor:
-            return []  # too few have come so far to tell
-        passing = max(1, len(ranked) // self.reduction_factor)
-        if self.kind != "asha":
-            passing = math.ceil(len(ranked) / self.reduction_factor)
+            scores |= _at_rung(history, epoch, objective)
+        ranked = _ranked(scores, epoch, objective, seed)
+        passing = math.ceil(len(ranked) / self.reduction_factor)
+        if self.kind == "asha":
+            passing = self.passing(len(ranked))
         rank = {number: i + 1 for i, number in enumerate(ranked)}
         return [
             Stop(
@@ -113,3 +99,40 @@ class Halving:
             for member in racing
             if rank[member.number] > passing
         ]
+
+    def passing(self, reached: int) -> int:
+        """ASHA: how many of those that ever reached a rung pass it; all, where too few have to tell."""
+        return max(1, reached // self.reduction_factor) if reached >= self.reduction_factor else reached
+
+    def ranked(self, trials: Sequence[Trial], epoch: int, objective: Objective, seed: int) -> list[int]:
+        """The numbers of the trials that have reached this rung, best first."""
+        return _ranked(_at_rung(trials, epoch, objective), epoch, objective, seed)
+
+    def promoted(
+        self, waiting: Collection[int], trials: Sequence[Trial], epoch: int, objective: Objective, seed: int
+    ) -> list[int]:
+        """Who of those that wait at this rung is among the best by now, and goes on."""
+        ranked = self.ranked(trials, epoch, objective, seed)
+        return [number for number in ranked[: self.passing(len(ranked))] if number in waiting]
+
+
+def _at_rung(trials: Sequence[Trial], epoch: int, objective: Objective) -> dict[int, float | None]:
+    """What trials scored after this epoch, of those that came so far."""
+    return {
+        trial.number: report.metrics.get(objective.metric)
+        for trial in trials
+        for report in trial.reports
+        if report.epoch == epoch
+    }
+
+
+def _ranked(scores: Mapping[int, float | None], epoch: int, objective: Objective, seed: int) -> list[int]:
+    sign = -1.0 if objective.direction == "maximize" else 1.0
+
+    def place(number: int) -> tuple[float, int]:
+        score = scores[number]
+        known = score is not None and math.isfinite(score)
+        # Ties are broken by chance, not by the order in which trials were proposed.
+        return sign * score if known else math.inf, derive_seed(seed, "halving", epoch, number)  # type: ignore[operator]
+
+    return sorted(scores, key=place)

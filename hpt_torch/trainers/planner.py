@@ -25,6 +25,7 @@ class Chunk:
     engine: str  # loop, fused or compiled
     why: str  # in words, for the log
     fold: int | None = None  # of cross-validation, from 0
+    start: str = ""  # the key of the state that they go on from; empty: they are new
 
 
 def plan(

@@ -41,9 +41,8 @@ class Planning:
         self.engine, self.say, self.crash, self.folds = engine, say, crash, folds
         begun = record.last("run")
         self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
-        self._reasons: dict[
-            tuple[str, str], str | None
-        ] = {}  # why trials of a signature, by an engine, cannot
+        # By signature and engine: why it cannot train such trials together.
+        self._reasons: dict[tuple[str, str], str | None] = {}
         self._told: set[str] = set()
 
     def beginnings(self, round: Round, fixed: HParams) -> tuple[list[Event], dict[int, HParams]]:
@@ -134,22 +133,23 @@ class Planning:
         steps = self.trainer.epochs * self.trainer.order.batches(size)
         traits = self.trainer.traits(hparams, trial)
         after = costs.saved_after(self.costs.get("pays_after", {}), traits, members)
-        return (
-            f"{members} trials of {steps:,} steps: compiling pays after {after:,.0f}"
-            if steps >= after
-            else None
-        )
+        if steps < after:
+            return None
+        return f"{members} trials of {steps:,} steps: compiling pays after {after:,.0f}"
 
     def tell(self, chunks: Sequence[Chunk]) -> None:
         """Says once, for each reason, why trials are trained as they are."""
         for chunk in chunks:
             alone = chunk.engine not in planner.TOGETHER
             together = "one by one" if alone else f"{len(chunk.trials)} trials at once"
-            if not alone or "mapped" in chunk.why:
-                line = f"engine {chunk.engine}: {together} ({chunk.why})"
-                if line not in self._told:
-                    self._told.add(line)
-                    self.say(line)
+            line = f"engine {chunk.engine}: {together} ({chunk.why})"
+            if chunk.start:
+                line = f"trial {chunk.trials[0]} goes on, {chunk.why}"
+            elif alone and "mapped" not in chunk.why:
+                continue
+            if line not in self._told:
+                self._told.add(line)
+                self.say(line)
 
     def open_chunks(self) -> list[Chunk]:
         """The planned chunks that still have unfinished trials, in their recorded order."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -207,7 +208,12 @@ def run_native(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
 def _lacks_lstm(x: Tensor) -> bool:
     """Whether torch has no LSTM for x here: in bfloat16, oneDNN's needs AVX-512 and raises without it."""
     bfloat16 = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bfloat16 and torch.backends.mkldnn.is_available() and not _has_bfloat16()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _run_cpu(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:

@@ -128,7 +128,7 @@ def _graph(recorded: Flat) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     tree_map(see, recorded.results)
     for call in recorded.calls:
         args, kwargs = tree_map(node, call.arguments)
-        told = call.op in STATISTICS
+        told = call.op in STATISTICS and args[3] is not None
         made = graph.call_function(_NORM if told else call.op, tuple(args), kwargs)
         for i, output in enumerate(call.outputs):
             if told and i == 3:  # cuDNN's scratch for the way back, which the compiler takes without

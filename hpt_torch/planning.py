@@ -10,12 +10,20 @@ import torch
 from hpt_torch.crash import CrashLog
 from hpt_torch.hparams import signature
 from hpt_torch.proposing import Round
+from hpt_torch.recipe import Recipe, pruner_of, scheduler_of
 from hpt_torch.record import Event, Record, finish_event, trial_event
 from hpt_torch.trainers import base, costs, planner, sizes
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.planner import Chunk
 from hpt_torch.types import HParams, TrialState
+
+
+def lasts(recipe: Recipe, dynamic: frozenset[str]) -> bool:
+    """Whether trials that train together do so to the end, and there is time to compile their step."""
+    regroups = scheduler_of(recipe) is not None and not dynamic.issuperset(recipe.space)
+    early = pruner_of(recipe) is not None or recipe.trainer.patience is not None
+    return not (regroups or early or recipe.run.epoch_timeout is not None)
 
 
 class Planning:

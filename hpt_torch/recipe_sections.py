@@ -306,8 +306,9 @@ class RunSection(Section):
     )
     epoch_timeout: Duration | None = Field(
         default=None,
-        description="a worker process that needs longer for an epoch (of all that it trains together) is "
-        'stopped, and the trial that did it fails: "90s", "30m"; a trial near it may not repeat',
+        description="a worker process that needs longer for an epoch (of all that it trains together, and to "
+        'compile their step) is stopped, and the trial that did it fails: "90s", "30m"; a trial near it may '
+        "not repeat",
     )
     max_disk: ByteSize | None = Field(
         default=None,

@@ -19,7 +19,7 @@ from hpt_torch.evolution import POPULATION, evolve
 from hpt_torch.executors import Boundary, Executor, Finished, Segment
 from hpt_torch.executors.segment import State
 from hpt_torch.observers import Observer
-from hpt_torch.planning import Planning
+from hpt_torch.planning import Planning, lasts
 from hpt_torch.proposing import next_round
 from hpt_torch.race import Race
 from hpt_torch.recipe import Recipe, folding_of, planned_trials, pruner_of, scheduler_of, second_of
@@ -99,7 +99,7 @@ class Tuner:
             folds=self.folds,
             max_parameters=search.max_parameters,
             wants_flops=(second := second_of(recipe)) is not None and second.metric == "flops",
-            lasting=self.pruner is None and recipe.trainer.patience is None and not self._regroups,
+            lasting=lasts(recipe, self.trainer.dynamic),
         )
         self.round_size = search.round_size or samplers.ROUND_SIZES[search.sampler]
         if self.scheduler is not None and self.budget is not None:
@@ -159,11 +159,6 @@ class Tuner:
         if limit is None:
             return False
         return self._used_before + self.record.elapsed() >= limit + self.steered.seconds
-
-    @property
-    def _regroups(self) -> bool:
-        """Whether trials change their signature, and with it whom they train with."""
-        return self.scheduler is not None and not self.trainer.dynamic.issuperset(self.recipe.space)
 
     @property
     def budget(self) -> int | None:

@@ -195,6 +195,7 @@ def test_a_gpu_that_does_not_work_is(table: Path, monkeypatch: pytest.MonkeyPatc
 # -- measuring -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calibrate_measures_keeps_and_says_where(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "Effort", lambda: TINY)
     cache.write(table, b"damaged")  # it is measured anew

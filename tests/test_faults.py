@@ -374,6 +374,7 @@ def _hold(path: Path, ready: str) -> None:
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path: Path) -> None:
     """Also where a process that it had forked is still there."""
     ready = tmp_path / "ready"

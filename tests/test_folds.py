@@ -239,6 +239,7 @@ def test_the_best_epoch_of_each_fold_counts(tmp_path: Path, run_quick: RunQuick)
     assert len(kept) > 1
 
 
+@pytest.mark.slow
 def test_patience_and_pruners_go_with_folds(tmp_path: Path, run_quick: RunQuick) -> None:
     run_quick(tmp_path / "patience", *FOLDS, "trainer.patience=1", "trainer.epochs=8", "lr=0.05")
     lengths = {len(f.reports) for t in trials_of(tmp_path / "patience") for f in t.folds}

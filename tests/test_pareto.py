@@ -266,6 +266,7 @@ def summary_of(path: Path) -> Summary:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+@pytest.mark.slow
 def test_a_power_cut_changes_nothing(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:

@@ -58,6 +58,7 @@ def test_who_is_among_the_best_share_by_now_goes_on() -> None:
     assert halving.promoted({1}, trials(0.1, 0.2), 3, objective, seed=0) == []  # nobody came so far
 
 
+@pytest.mark.slow
 def test_the_promoted_end_as_if_they_had_never_been_stopped(tmp_path: Path, run_quick: RunQuick) -> None:
     """The loop trainer's bits, against a run in which nobody stops."""
     got = json.loads(run_quick(tmp_path / "run", raw=ASHA))
@@ -85,6 +86,7 @@ def test_the_promoted_end_as_if_they_had_never_been_stopped(tmp_path: Path, run_
         assert files - {"best"} <= promotion.needed(record)
 
 
+@pytest.mark.slow
 def test_a_larger_budget_promotes_who_waits(tmp_path: Path, run_quick: RunQuick) -> None:
     """What a run has kept at its end is gone on with when it is extended: to the end of one that had it from
     the start."""

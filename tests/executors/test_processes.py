@@ -95,6 +95,7 @@ def test_a_trial_that_kills_its_workers_ends_alone(
     assert reasons == ["the worker process was killed by SIGKILL, 3 times"] * activations.count("tanh")
 
 
+@pytest.mark.slow
 def test_a_stop_saves_and_the_next_session_goes_on_to_the_same_end(
     tmp_path: Path, run_quick: RunQuick
 ) -> None:

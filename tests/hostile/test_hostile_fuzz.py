@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -123,12 +124,14 @@ def test_any_bytes_as_a_recipe(data: bytes, digits_task: Task) -> None:
 
 @settings(fuzz, max_examples=800)
 @given(lines=st.lists(LINES, max_size=8))
+@pytest.mark.slow
 def test_almost_recipes(lines: list[str], digits_task: Task) -> None:
     SEEN.add(check("\n".join(lines).encode("utf-8", "replace"), [], digits_task))
 
 
 @settings(fuzz, max_examples=800)
 @given(overrides=st.lists(OVERRIDES, min_size=1, max_size=4))
+@pytest.mark.slow
 def test_any_overrides(overrides: list[str], digits_task: Task) -> None:
     SEEN.add(check(b"[search]\ntrials = 3\n", overrides, digits_task))
 

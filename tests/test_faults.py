@@ -241,9 +241,9 @@ def test_a_damaged_record(tmp_path: Path, killed: tuple[Path, Path, str]) -> Non
     Record(closed / "run.db").close()  # what was in the log is now in the database
     whole = (closed / "run.db").read_bytes()
     assert not (closed / "run.db-wal").exists()
-    cases = [(path, "run.db-wal", log[:length]) for length in (0, *spread(len(log), 12), len(log))]
-    cases += [(path, "run.db-wal", flipped(log, at)) for at in spread(len(log), 12)]
-    cases += [(closed, "run.db", flipped(whole, at)) for at in spread(len(whole), 16)]
+    cases = [(path, "run.db-wal", log[:length]) for length in (0, *spread(len(log), 7), len(log))]
+    cases += [(path, "run.db-wal", flipped(log, at)) for at in spread(len(log), 7)]
+    cases += [(closed, "run.db", flipped(whole, at)) for at in spread(len(whole), 9)]
     cases += [(closed, "run.db", whole[:length]) for length in (0, *spread(len(whole), 6)[:-1])]
     ends = Counter[tuple[str, str]]()
     for number, (source, name, data) in enumerate(cases):
@@ -266,8 +266,8 @@ def test_a_damaged_record(tmp_path: Path, killed: tuple[Path, Path, str]) -> Non
         assert "restore" in said
         ends[name, "refused"] += 1
     assert ends["run.db-wal", "refused"] == 0  # SQLite knows where its log is whole
-    assert ends["run.db", "refused"] >= 15, ends
-    assert ends["announced", "yes"] >= 10, ends
+    assert ends["run.db", "refused"] >= 9, ends
+    assert ends["announced", "yes"] >= 6, ends
     assert ends["announced", "no"] >= 1, ends
 
 

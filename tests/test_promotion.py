@@ -119,7 +119,7 @@ def test_power_cuts(
     expected = run_quick(tmp_path / "whole", *settings, raw=ASHA)
     assert _promoted(tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole/checkpoints").iterdir())
-    for step in range(3, switch.count + 1, max(switch.count // 6, 1)):
+    for step in range(3, switch.count + 1, max(switch.count // 4, 1)):
         path = tmp_path / str(step)
         switch.arm(step, bool(step % 2))
         with pytest.raises(Killed):

@@ -130,7 +130,7 @@ def test_power_cuts_while_a_run_is_steered(
     switch = PowerSwitch(monkeypatch)
     expected = run(tmp_path / "whole")
     assert len(json.loads(expected)["trials"]) == 5
-    for step in range(1, switch.count + 1):
+    for step in range(1, switch.count + 1, 2):
         for after in (False, True):  # after a commit, and before the request that it records is put away
             path = tmp_path / f"{step}-{after}"
             got = switch.cut(step, after, functools.partial(run, path))

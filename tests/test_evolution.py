@@ -100,7 +100,7 @@ def test_a_resumed_population_ends_as_an_uninterrupted_one(
     steps = switch.count
     for every in ("0", "1e6"):
         saving = f"run.checkpoint_every_seconds={float(every)}"
-        for step in range(4, steps + 1, 7 if engine == "fused" else 23):
+        for step in range(4, steps + 1, 13 if engine == "fused" else 41):
             path = tmp_path / f"{every}-{step}"
             switch.arm(step, bool(step % 2))
             try:
@@ -119,7 +119,7 @@ def test_power_cuts_with_batch_sizes_that_change(
 ) -> None:
     switch = PowerSwitch(monkeypatch)
     expected = run_quick(tmp_path / "whole", raw=POPULATION)
-    for step in range(1, switch.count + 1, 17):
+    for step in range(1, switch.count + 1, 29):
         path = tmp_path / str(step)
         switch.arm(step, bool(step % 2))
         with pytest.raises(Killed):

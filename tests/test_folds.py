@@ -293,7 +293,7 @@ def test_power_cut_with_folds(
     switch = PowerSwitch(monkeypatch)
     expected = run_quick(tmp_path / "whole", *settings)
     steps = switch.count
-    for step in range(1, steps + 1, 5):
+    for step in range(1, steps + 1, 9):
         for after in (False, True):
             path = tmp_path / f"{step}-{after}"
             got = switch.cut(step, after, functools.partial(run_quick, path, *settings))

@@ -106,11 +106,10 @@ def test_a_larger_budget_promotes_who_waits(tmp_path: Path, run_quick: RunQuick)
 @pytest.mark.parametrize(
     "settings",
     [
-        (),
         ("trainer.engine=fused", "run.checkpoint_every_seconds=1e6"),
         ("evaluation.folds=2", "search.trials=12"),
     ],
-    ids=["loop", "fused", "folds"],
+    ids=["fused", "folds"],
 )
 def test_power_cuts(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]

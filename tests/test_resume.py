@@ -82,7 +82,7 @@ def test_power_cut_at_every_durable_step(
         with Record(tmp_path / "whole" / "run.db", readonly=True) as record:
             plan = record.of_kind("plan")[0].body["chunks"]
         assert [(chunk["trials"], chunk["engine"]) for chunk in plan] == [([0, 1], "fused")]
-    stride = 7 if sampler != "random" else 1 if engine == "fused" else 3
+    stride = 11 if sampler != "random" else 1 if engine == "fused" else 3
     for step in range(1, steps + 1, stride):
         for after in (False, True):
             path = tmp_path / f"{step}-{after}"

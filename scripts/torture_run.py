@@ -17,6 +17,7 @@ from pathlib import Path
 import torture_hook
 from torture_hook import Plug
 
+from hpt_torch import promotion
 from hpt_torch.record import Record
 from hpt_torch.report import canonical, summarise
 from hpt_torch.types import HptError
@@ -217,12 +218,15 @@ def _trials(path: Path) -> list[str]:
         reported = Counter((event.body["trial"], event.body["epoch"]) for event in record.of_kind("report"))
         running = [trial.number for trial in record.in_order() if not trial.state.is_finished]
         kept = {files[-1].name for key, files in record.state_files.items() if key in ("best", "refit")}
+        promoted = [number for e in record.of_kind("promotion") for number, _ in e.body["trials"]]
+        ended.subtract(promoted)  # each has ended once more
+        waiting = {f.name for key in promotion.needed(record) for f in record.state_files.get(key, [])}
     problems = [f"trial {n} is lost" for n in range(max(planned) + 1) if n not in planned]
     for what, counts in (("planned", planned), ("ended", ended), ("reported", reported)):
         problems += [f"{name} is {what} {count} times" for name, count in counts.items() if count > 1]
     problems += [f"trial {number} has not ended" for number in running]
     there = {file.name for file in (path.parent / "checkpoints").iterdir()}
-    problems += [f"{name} is left" for name in sorted(there - kept)]
+    problems += [f"{name} is left" for name in sorted(there - kept - waiting)]
     return problems + [f"{name} is missing" for name in sorted(kept - there)]
 
 

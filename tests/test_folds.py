@@ -298,7 +298,8 @@ def test_power_cut_with_folds(
             path = tmp_path / f"{step}-{after}"
             got = switch.cut(step, after, functools.partial(run_quick, path, *settings))
             assert got == expected, (step, after)
-            files = [p.name for p in (path / "checkpoints").iterdir()]
+            # Beside the last training's weights only states of trials that ASHA may promote.
+            files = [p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("paused-")]
             assert len(files) == 1, files
             assert files[0].startswith("refit-")
 

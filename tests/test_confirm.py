@@ -89,7 +89,7 @@ def test_power_cut_during_a_confirmation(
 ) -> None:
     switch = PowerSwitch(monkeypatch)
     expected = run_quick(tmp_path / "whole", *CONFIRM)
-    for step in range(1, switch.count + 1, 5):
+    for step in range(1, switch.count + 1, 9):
         path = tmp_path / str(step)
         got = switch.cut(step, step % 4 == 1, functools.partial(run_quick, path, *CONFIRM))
         assert got == expected, step

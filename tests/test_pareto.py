@@ -277,7 +277,7 @@ def test_a_power_cut_changes_nothing(
     found = json.loads(expected)
     assert found["second"] == {"metric": "parameters", "direction": "minimize"}
     assert found["pareto"] == [t.number for t in summary_of(tmp_path / "whole").pareto]
-    for step in range(2, switch.count + 1, 6):
+    for step in range(2, switch.count + 1, 12):
         path = tmp_path / str(step)
         run = functools.partial(run_quick, path, *settings, raw=RAW)
         assert switch.cut(step, step % 12 == 2, run) == expected, step

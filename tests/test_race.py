@@ -100,7 +100,7 @@ def test_power_cuts(
     switch = PowerSwitch(monkeypatch)
     expected = run_quick(tmp_path / "whole", *settings, raw=RACE)
     assert "PRUNED" in expected
-    for step in range(1, switch.count + 1, 13):
+    for step in range(1, switch.count + 1, 37):
         path = tmp_path / str(step)
         switch.arm(step, bool(step % 2))
         with pytest.raises(Killed):

@@ -81,7 +81,7 @@ def test_a_killed_replay_goes_on(tmp_path: Path, digits_task: Task, monkeypatch:
     _run(LOOP, digits_task, tmp_path / "run")
     first = switch.count
     expected = replay(tmp_path / "run", digits_task, seeds=2)
-    for step in range(2, switch.count - first, 7):
+    for step in range(2, switch.count - first, 15):
         other = tmp_path / str(step)
         _run(LOOP, digits_task, other)
         switch.arm(step, bool(step % 2))

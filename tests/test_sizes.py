@@ -195,7 +195,7 @@ def test_a_power_cut_changes_nothing(
     expected = run_quick(tmp_path / "whole", *settings, raw=WIDTHS)
     assert '"parameters": 4810' in expected
     assert '"INFEASIBLE"' in expected
-    for step in range(1, switch.count + 1, 4):
+    for step in range(1, switch.count + 1, 9):
         path = tmp_path / str(step)
         run = functools.partial(run_quick, path, *settings, raw=WIDTHS)
         assert switch.cut(step, step % 8 == 1, run) == expected, step

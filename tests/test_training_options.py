@@ -659,7 +659,7 @@ def test_patience_and_a_power_cut_anywhere(
     expected = run_quick(tmp_path / "whole", raw=PATIENT)
     steps = switch.count
     assert steps > 30
-    for step in range(1, steps + 1, 7):
+    for step in range(1, steps + 1, 15):
         for after in (False, True):
             path = tmp_path / f"{step}-{after}"
             switch.arm(step, after)

@@ -226,7 +226,13 @@ def _costs(problems: list[str]) -> dict[str, Any]:
         "other_torch": bool(table.torch) and table.torch != str(torch.__version__),
     }
     slow = {device: sorted(table.slow_together(device)) for device in table.ratios}
-    return {**about, "sha256": table.sha256, "slow_together": slow, "ratios": table.ratios}
+    return {
+        **about,
+        "sha256": table.sha256,
+        "slow_together": slow,
+        "ratios": table.ratios,
+        "pays_after": table.pays_after,
+    }
 
 
 def _disk(runs: Path, problems: list[str]) -> dict[str, Any]:
@@ -336,6 +342,10 @@ def _costs_text(costs: dict[str, Any]) -> str:
         return f"damaged: {costs['path']}"
     slow = [f"{kind} ({device})" for device, kinds in costs["slow_together"].items() for kind in kinds]
     says = f"; faster one by one: {', '.join(slow) or 'nothing'}"
+    for device, kinds in costs["pays_after"].items():
+        for kind, steps in kinds.items():
+            least = ", ".join(f"{after:,.0f} with {members}" for members, after in steps.items())
+            says += f"; steps after which compiling pays, {kind} ({device}): {least} members"
     if costs["source"] == "shipped":
         return f"the shipped one{says}; hpt doctor --calibrate measures this machine's"
     other = "; this is another torch: hpt doctor --calibrate" if costs["other_torch"] else ""

@@ -7,7 +7,7 @@ passes grows with them. For that the states of the best that were stopped are ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hpt_torch.executors.segment import Segment, State
 from hpt_torch.record import Event, Record
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 KEPT = 8  # states at a rung
 
 
-def promotes(pruner: Pruner | None) -> bool:
+def promotes(pruner: Pruner | None) -> TypeGuard[Halving]:
     return isinstance(pruner, Halving) and pruner.kind == "asha"
 
 
@@ -47,7 +47,7 @@ def arrivals(record: Record) -> dict[int, int]:
 def promotions(tuner: Tuner, round: int) -> tuple[list[Event], list[Chunk]]:
     """Who goes on in this round, as an event to be committed behind its plan, and how they train."""
     pruner, record = tuner.pruner, tuner.record
-    if not isinstance(pruner, Halving) or not promotes(pruner):
+    if not promotes(pruner):
         return [], []
     trials, found = record.in_order(), list[tuple[int, int]]()
     for epoch, waiting in sorted(paused(record).items(), reverse=True):
@@ -69,7 +69,7 @@ def keep(
     """Who waits at this rung from now on; the states that are written for it; the keys of states that are not
     kept any more. stopped: who is stopped there now; segments: with the states of their training there."""
     before = paused(tuner.record).get(epoch, [])
-    assert isinstance(tuner.pruner, Halving)
+    assert promotes(tuner.pruner)
     ranked = tuner.pruner.ranked(tuner.record.in_order(), epoch, tuner.objective, tuner.recipe.seed)
     near = ranked[: 2 * tuner.pruner.passing(len(ranked))]  # who is further behind will hardly be promoted
     waiting = [number for number in near if number in before or number in stopped][:KEPT]

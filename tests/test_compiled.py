@@ -313,7 +313,7 @@ def test_a_task_that_cannot_be_recorded_trains_fused_and_says_why(
 
 @pytest.mark.slow
 def test_a_run_compiles_where_the_table_says_that_it_pays(
-    linear: Task, run_quick: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    linear: Task, run_quick: Callable[..., str], tmp_path: Path
 ) -> None:
     """20 epochs of 4 batches are 80 steps; 2 members pay after 70."""
     costs = Costs(ratios={}, pays_after={"cpu": {"dense": {2: 70.0}}}).as_recorded("cpu")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from hpt_torch import limits
 from hpt_torch import recipe as recipes
 from hpt_torch.crash import CrashLog
-from hpt_torch.data import Data, Rows
+from hpt_torch.data import Data, Rows, stream
 from hpt_torch.data.folds import folds, pooled
-from hpt_torch.data.stream import fitted
 from hpt_torch.executors import InlineExecutor, ProcessExecutor, Training, processes
 from hpt_torch.executors.segment import trainer_name
 from hpt_torch.recipe import Recipe
@@ -59,11 +59,27 @@ def make_deterministic(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+_SHARE = 0.8  # of the memory that is free
+
+
+def memory_of(recipe: Recipe, device: torch.device, data: Data) -> int | None:
+    """What trials that train together may take of the device's memory, in bytes; None where the system does
+    not tell. On the CPU several such groups train at once, one a core, however many workers there are."""
+    if recipe.trainer.memory is not None:
+        return int(recipe.trainer.memory)
+    if device.type == "cuda":
+        dtype = getattr(torch, recipe.trainer.dtype)
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return int(_SHARE * max(free - stream.needed_bytes(data, dtype), 0))
+    found = limits.free_bytes() if device.type == "cpu" else None
+    return None if found is None else int(_SHARE * found / processes.cores())
+
+
 def data_on(data: Data, recipe: Recipe, device: torch.device) -> Data:
     """The data on the device; train rows that are too many for it are left in memory and streamed."""
     dtype = getattr(torch, recipe.trainer.dtype)
     if device.type == "cuda":
-        data = fitted(data, dtype, torch.cuda.mem_get_info(device)[0])
+        data = stream.fitted(data, dtype, torch.cuda.mem_get_info(device)[0])
     return data.to(device, dtype)
 
 

@@ -15,6 +15,22 @@ def memory_bytes() -> int | None:
     return min([whole, *(int(text) for text in _cgroup("memory.max") if text != "max")])
 
 
+def free_bytes() -> int | None:
+    """The memory that is free, or is at once where it is asked for (files that the system caches); less where
+    a cgroup allows less. None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    limits, used, statistics = (_cgroup(f"memory.{name}") for name in ("max", "current", "stat"))
+    for limit, use, text in zip(limits, used, statistics, strict=False):
+        cached = dict(line.split() for line in text.splitlines()).get("inactive_file", 0)
+        if limit != "max":
+            free = min(free, int(limit) - int(use) + int(cached))
+    return max(free, 0)
+
+
 def cpu_quota() -> float | None:
     """How many cores' time a cgroup allows, or None: affinity, which names cores, does not tell."""
     pairs = [text.split() for text in _cgroup("cpu.max")]

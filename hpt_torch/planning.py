@@ -48,7 +48,10 @@ class Planning:
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
         self.engine, self.say, self.crash, self.folds = engine, say, crash, folds
         begun = record.last("run")
-        self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
+        body = begun.body if begun is not None else {}
+        self.costs = costs.recorded(body, self.trainer.device.type)
+        self.memory: int | None = body.get("memory")  # bytes that trials that train together may take
+        self._bytes_a_member: dict[str, int] = {}  # by signature
         # By signature and engine: why it cannot train such trials together.
         self._reasons: dict[tuple[str, str], str | None] = {}
         self._told: set[str] = set()
@@ -93,8 +96,9 @@ class Planning:
         self.crash.note("")
         return found
 
-    def chunks_of(self, hparams: Mapping[int, HParams]) -> list[Chunk]:
-        """How trials with these hyperparameters (fixed ones included) are to be trained."""
+    def chunks_of(self, hparams: Mapping[int, HParams], rounds: int = 1) -> list[Chunk]:
+        """How trials with these hyperparameters (fixed ones included) are to be trained. rounds: of
+        the search, this one included, that train the same programs."""
         signatures = {trial: signature(full, self.trainer.dynamic) for trial, full in hparams.items()}
         return planner.plan(
             list(signatures.items()),
@@ -105,7 +109,10 @@ class Planning:
             why_not=lambda trials, engine: self._why_not(
                 signatures[trials[0]], engine, trials, [hparams[trial] for trial in trials]
             ),
-            pays=lambda trials: self._pays(len(trials), trials[0], hparams[trials[0]]),
+            pays=lambda trials: self._pays(len(trials), trials[0], hparams[trials[0]], rounds),
+            holds=lambda trials: self._holds(
+                signatures[trials[0]], trials[:2], [hparams[trial] for trial in trials[:2]]
+            ),
             folds=self.folds,
             fits=self.fits(),
         )
@@ -133,17 +140,41 @@ class Planning:
             self.crash.note("")
         return self._reasons[key]
 
-    def _pays(self, members: int, trial: int, hparams: HParams) -> str | None:
+    def _pays(self, members: int, trial: int, hparams: HParams, rounds: int) -> str | None:
         """Why it pays to compile the step of so many members like this one, or None."""
         if not self.lasting:
             return None  # their number would change, and each number is another program
         size = min(int(str(hparams["batch_size"])), len(self.trainer.data.train))
-        steps = self.trainer.epochs * self.trainer.order.batches(size)
+        steps = self.trainer.epochs * self.trainer.order.batches(size) * rounds
         traits = self.trainer.traits(hparams, trial)
         after = costs.saved_after(self.costs.get("pays_after", {}), traits, members)
         if steps < after:
             return None
-        return f"{members} trials of {steps:,} steps: compiling pays after {after:,.0f}"
+        ahead = f"{members} trials of {steps // rounds:,} steps" + (
+            f", {rounds} rounds" if rounds > 1 else ""
+        )
+        return f"{ahead}: compiling pays after {after:,.0f}"
+
+    def _holds(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> int | None:
+        """How many trials of this signature the memory holds at once, measured with these two; None: any
+        number, or not known."""
+        if self.memory is None:
+            return None
+        if signed not in self._bytes_a_member:
+            fused, needed = self.trainers["fused"], self.memory
+            assert isinstance(fused, FusedTrainer)
+            if not self.crash.note(f"measuring {signed}"):
+                try:
+                    few = self.memory / max(planner.LARGEST.values())
+                    needed = fused.bytes_a_member(fused.init(trials, hparams), few)
+                except Exception as error:  # user code
+                    if not base.is_out_of_memory(error):
+                        self.say(f"how much memory trials like {trials[0]} take is not known: {error!r}")
+                        needed = 0
+            self.crash.note("")
+            self._bytes_a_member[signed] = needed
+        needed = self._bytes_a_member[signed]
+        return self.memory // needed if needed else None
 
     def tell(self, chunks: Sequence[Chunk]) -> None:
         """Says once, for each reason, why trials are trained as they are."""
@@ -153,7 +184,7 @@ class Planning:
             line = f"engine {chunk.engine}: {together} ({chunk.why})"
             if chunk.start:
                 line = f"trial {chunk.trials[0]} goes on, {chunk.why}"
-            elif alone and "mapped" not in chunk.why:
+            elif alone and "mapped" not in chunk.why and "memory" not in chunk.why:
                 continue
             if line not in self._told:
                 self._told.add(line)

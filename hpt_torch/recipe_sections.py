@@ -239,6 +239,11 @@ class TrainerSection(Section):
     threads: int | None = Field(
         default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
     )
+    memory: ByteSize | None = Field(
+        default=None,
+        description='"4GB": trials that train together may take so much; unless given: 80 % of what is free '
+        "when the run begins, on the CPU shared among its cores; recorded, kept on resume",
+    )
     dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16"] = Field(
         default="none", description="bfloat16: matrix products of forward and backward in 16 bits"

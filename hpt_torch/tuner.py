@@ -191,11 +191,16 @@ class Tuner:
         if self.scheduler is not None:  # its members are grouped anew in every generation
             self.commit(*events)
             return True
-        chunks = [*going_on, *self.planning.chunks_of(hparams)]
+        chunks = [*going_on, *self.planning.chunks_of(hparams, self._rounds_like(hparams))]
         plan = Event(kind="plan", body={"round": number, "chunks": [dataclasses.asdict(c) for c in chunks]})
         self.commit(*events, plan, *promotions)
         self.planning.tell(chunks)
         return True
+
+    def _rounds_like(self, hparams: Mapping[int, HParams]) -> int:
+        """How many rounds of the search train the same programs as one of these trials."""
+        alike = len(hparams) == self.round_size and self.trainer.dynamic.issuperset(self.recipe.space)
+        return self.budget // self.round_size if alike and self.budget is not None else 1
 
     def _take_requests(self) -> bool:
         """Records what was asked of the run meanwhile; whether there was anything."""

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Of this process and of all that tests start, as two test processes on two cores would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from hpt_torch import recipe as recipes
@@ -21,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 def pytest_configure(config: pytest.Config) -> None:
     """The tests have a cache of their own: a cost table of this machine would change which engine trains."""
     assert config.cache is not None
-    os.environ["HPT_TORCH_CACHE"] = str(config.cache.mkdir("hpt_torch"))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    os.environ["HPT_TORCH_CACHE"] = str(config.cache.mkdir(f"hpt_torch{worker}"))
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ epochs = 3
 device = "cuda:1"
 engine = "loop"
 threads = 2
+memory = "4GB"
 dtype = "float64"
 deterministic = false
 keep = "best"

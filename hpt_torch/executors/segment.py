@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpt_torch import checkpoint
 from hpt_torch.population import Population
-from hpt_torch.trainers import planner
+from hpt_torch.trainers import base, planner
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.types import HParams, InfeasibleError, Objective, Report, TrialState
 
@@ -140,7 +139,7 @@ class Training:
     def _broken(self, segment: Segment, error: BaseException) -> Boundary:
         """In halves the culprit will show. To be called where the error is handled."""
         why = traceback.format_exc(limit=-8)
-        return Boundary(key=segment.key, broken=why, out_of_memory=_is_out_of_memory(error), over=True)
+        return Boundary(key=segment.key, broken=why, out_of_memory=base.is_out_of_memory(error), over=True)
 
     def _finish(
         self, segment: Segment, population: Population, boundary: Boundary, bar: float | None
@@ -188,8 +187,3 @@ def gave_up(segment: Segment, reason: str) -> Boundary:
         return Boundary(key=segment.key, broken=reason, over=True)
     ended = {segment.trials[0]: (TrialState.FAILED, reason)}
     return Boundary(key=segment.key, ended_badly=ended, over=True)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller group may fit. (On the CPU torch raises a RuntimeError of its allocator.)"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -182,3 +182,8 @@ def diverged(metrics: Mapping[str, Any], epoch: int, train_loss: float) -> str |
         return f"diverged: the training loss is {train_loss} in epoch {epoch}"
     bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     return f"diverged: {bad[0]} is {metrics[bad[0]]} after epoch {epoch}" if bad else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether fewer members may fit. (On the CPU torch raises a RuntimeError of its allocator.)"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

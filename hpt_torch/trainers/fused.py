@@ -8,15 +8,18 @@ trained on.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from collections.abc import Callable
 
-from hpt_torch.data import Rows
+from hpt_torch.data import Part, Rows
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.stack import Stack
+from hpt_torch.trainers.traced import computed_bytes
 from hpt_torch.types import Report
 
 
@@ -84,6 +87,34 @@ class FusedTrainer(LoopTrainer):
         member = population.member(i)
         for name, tensor in {**member["params"], **member["buffers"]}.items():
             member["kept"][name].copy_(member["slots"].get(f"ema/{name}", tensor))
+
+    def bytes_a_member(self, population: Population, few: float) -> int:
+        """The memory that a further member like these takes: its state, that again to be saved, and all that
+        a step on a whole batch, or an evaluation, computes. An upper bound where that is at most `few`.
+
+        Measured with copies of these members on two rows and on four: what is computed is linear in them.
+        """
+        state = 2 * sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
+        train, valid = self.data.train, self.data.valid
+        batch = min(int(str(population.hparams[0]["batch_size"])), len(train))
+        sizes = ((train, batch), (valid, min(len(valid), base.EVALUATION_BATCH)))
+
+        def needed(at: Callable[[Part, int], float]) -> int:
+            return math.ceil((state + max(at(part, size) for part, size in sizes)) / len(population))
+
+        def measured(part: Part, rows: int) -> int:
+            stack = Stack(self, population.copy(), list(range(len(population))))
+            stack.begin_epoch(0, 1)
+            batch = part.slice(0, rows)
+            return computed_bytes(
+                lambda: stack.evaluate(Rows(batch)) if part is valid else stack.step(batch, 0)
+            )
+
+        bound = needed(lambda part, size: measured(part, 2) * max(size / 2, 1))
+        if bound <= few or min(size for _, size in sizes) < 4:
+            return bound
+        two, four = ({id(part): measured(part, rows) for part, _ in sizes} for rows in (2, 4))
+        return needed(lambda part, size: two[id(part)] + (four[id(part)] - two[id(part)]) * (size - 2) / 2)
 
     def why_not(self, population: Population) -> str | None:
         """Why these members cannot be trained together, or None: found by mapping one step and an evaluation

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 TOGETHER = ("fused", "compiled")  # the engines that train several trials at once
 # Members of one population: beyond it a further member costs as much as the one before.
-LARGEST = {"cpu": 32}
-_LARGEST_ELSEWHERE = 64
+LARGEST = {"cpu": 32, "elsewhere": 64}
 # On the CPU a population trains in one worker. A round of few signatures is split into so many populations,
 # of so many members where there are enough, so that more workers have something to do. (Not into as many as
 # there are workers: their number must not change a result.)
@@ -37,6 +36,7 @@ def plan(
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int], str], str | None],
     pays: Callable[[Sequence[int]], str | None] = lambda trials: None,
+    holds: Callable[[Sequence[int]], int | None] = lambda trials: None,
     folds: int = 0,
     fits: int | None = None,
 ) -> list[Chunk]:
@@ -45,9 +45,14 @@ def plan(
     signatures: (trial, signature) in order. engine: of the recipe. device: its type. slow: the traits of
     models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model. why_not:
     why trials cannot be trained together by this engine. pays: why it pays to compile the step of so many
-    trials, or None. These three are asked only where they matter. fits: how many the memory holds at once,
-    where that is known.
+    trials, or None. holds: how many trials like these the memory holds at once, as measured; None: any
+    number. These four are asked only where they matter. fits: how many the memory holds, as groups that ran
+    out of it have shown.
     """
+
+    def choose(trials: Sequence[int]) -> tuple[str, str]:
+        return _choose(trials, engine, device, slow, traits, why_not, pays)
+
     groups: dict[str, list[int]] = {}
     parts = range(folds) if folds else [None]
     for trial, signature in signatures:
@@ -55,13 +60,29 @@ def plan(
     chunks = []
     for trials in groups.values():
         for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device, fits)):
-            chosen, why = _choose(part, engine, device, slow, traits, why_not, pays)
-            pieces = [part] if chosen in TOGETHER else [[trial] for trial in part]
-            for piece in pieces:
+            for piece, chosen, why in _pieces(part, holds, choose):
                 for fold in parts:
                     key = f"chunk-{piece[0]}" + ("" if fold is None else f"-fold-{fold}")
                     chunks.append(Chunk(key, tuple(piece), chosen, why, fold))
     return sorted(chunks, key=lambda chunk: chunk.trials[0])
+
+
+def _pieces(
+    part: list[int],
+    holds: Callable[[Sequence[int]], int | None],
+    choose: Callable[[Sequence[int]], tuple[str, str]],
+) -> Iterator[tuple[list[int], str, str]]:
+    """(trials, engine, why): the part together, or as many of it as the memory holds, or one by one."""
+    chosen, why = choose(part)
+    most = holds(part) if chosen in TOGETHER else 1
+    if most is None or most >= len(part):
+        yield part, chosen, why
+    elif chosen not in TOGETHER:
+        yield from (([trial], chosen, why) for trial in part)
+    else:
+        for piece in _split(part, max(most, 1)):
+            chosen, why = choose(piece) if len(piece) > 1 else ("loop", "")
+            yield piece, chosen, f"{why}; trainer.memory holds {most}" if why else "trainer.memory holds one"
 
 
 def _choose(
@@ -99,7 +120,7 @@ def _largest(members: int, groups: int, engine: str, device: str, fits: int | No
     """How many members of a group of this size train together at most, in a round of so many groups."""
     if engine == "loop":
         return 1
-    largest = LARGEST.get(device, _LARGEST_ELSEWHERE)
+    largest = LARGEST.get(device, LARGEST["elsewhere"])
     if device == "cpu":
         pieces = max(min(-(-_POPULATIONS // groups), max(members // _ENOUGH, 2), members // 2), 1)
         largest = min(largest, -(-members // pieces))

@@ -125,6 +125,25 @@ def record(
     return Flat(calls, inputs, results, spec), returned
 
 
+def computed_bytes(function: Callable[[], Any]) -> int:
+    """The memory of all that the function computes, as if nothing of it were freed before the end (which is
+    so where it is traced)."""
+    with _Recorder(()) as recorder:
+        function()
+    given: set[int] = set()
+    computed: dict[int, int] = {}
+    for call in recorder.calls:
+        given |= {_storage(tensor) for tensor in _tensors(call.arguments)} - computed.keys()
+        for tensor in _tensors(call.outputs):
+            if _storage(tensor) not in given:
+                computed[_storage(tensor)] = tensor.untyped_storage().nbytes()
+    return sum(computed.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
 def trace(
     function: Callable[..., Any],
     *arguments: Tensor | dict[str, Tensor],

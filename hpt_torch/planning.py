@@ -150,10 +150,8 @@ class Planning:
         after = costs.saved_after(self.costs.get("pays_after", {}), traits, members)
         if steps < after:
             return None
-        ahead = f"{members} trials of {steps // rounds:,} steps" + (
-            f", {rounds} rounds" if rounds > 1 else ""
-        )
-        return f"{ahead}: compiling pays after {after:,.0f}"
+        often = f", in {rounds} rounds" if rounds > 1 else ""
+        return f"{members} trials of {steps // rounds:,} steps{often}: compiling pays after {after:,.0f}"
 
     def _holds(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> int | None:
         """How many trials of this signature the memory holds at once, measured with these two; None: any

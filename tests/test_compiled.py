@@ -328,8 +328,8 @@ def test_a_run_compiles_where_the_table_says_that_it_pays(
     assert engines("again", epochs=20) == {("compiled", why)}
     fused = {("fused", "2 trials of one signature")}
     assert engines("short", epochs=17) == fused
-    more = ("search.trials=10", "search.round_size=4")  # two rounds of 4, and another program for the last 2
-    both = {("compiled", "2 trials of 36 steps, 2 rounds: compiling pays after 70"), *fused}
+    more = ("search.trials=10", "search.round_size=4")  # the last 2 are no such round
+    both = {("compiled", "2 trials of 36 steps, in 2 rounds: compiling pays after 70"), *fused}
     assert engines("rounds", *more, epochs=9) == both
     sizes = ("space.batch_size={choice = [256, 255]}", "hparams={}")
     assert "compiled" not in {engine for engine, _ in engines("static", *more, *sizes, epochs=9)}

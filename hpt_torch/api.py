@@ -40,6 +40,7 @@ def tune(
     confirm: int | None = None,
     device: str = "auto",
     engine: str = "auto",
+    trainer: Mapping[str, Any] | None = None,
     executor: str = "auto",
     workers: int | None = None,
     run_dir: str | Path | None = None,
@@ -64,8 +65,9 @@ def tune(
     trained again on all their rows. evaluation: as a recipe's [evaluation], e.g. ``{"repeats": 2}``.
     refit: without folds too. confirm: the best so many trials are trained again with five new seeds, and the
     one with the best mean is chosen.
-    engine: auto, loop, fused, compiled. executor: auto, inline, processes; workers: how many, no matter to
-    the result.
+    engine: auto, loop, fused, compiled. trainer: more of a recipe's [trainer], e.g. ``{"patience": 5}``, or
+    ``{"devices": [0, 1]}`` for a worker on each of two GPUs. executor: auto, inline, processes; workers: how
+    many, no matter to the result.
     run_dir: everything is kept there, and calling again with the same arguments goes on where it was. By
     default a directory under ``runs/`` named after the task and a hash of these arguments, the data and the
     model's source, so that running a changed script is a new run and an unchanged one continues.
@@ -96,7 +98,7 @@ def tune(
             "max_parameters": max_parameters,
         },
         "objective": {"metric": metric, "direction": direction, "second": second},
-        "trainer": {"epochs": epochs, "device": device, "engine": engine},
+        "trainer": {"epochs": epochs, "device": device, "engine": engine, **(trainer or {})},
         "scheduler": dict(scheduler or {}),
         "evaluation": {**(evaluation or {}), **({"folds": folds} if folds is not None else {})},
         "final": {"refit": refit, "confirm": confirm},
@@ -127,6 +129,7 @@ def _default_name(checked: session.Checked) -> str:
         identity["recipe"]["search"].pop(free, None)
     for free in ("run", "executor"):
         identity["recipe"].pop(free, None)
+    identity["recipe"]["trainer"].pop("devices", None)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in checked.task.name)[:50].strip("._-")
     return f"{stem or 'tune'}-{digest}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,24 +11,28 @@ import torch
 from hpt_torch import limits
 from hpt_torch import recipe as recipes
 from hpt_torch.crash import CrashLog
-from hpt_torch.data import Data, Rows, stream
+from hpt_torch.data import Data, Rows, Stream, stream
 from hpt_torch.data.folds import folds, pooled
 from hpt_torch.executors import InlineExecutor, ProcessExecutor, Training, processes
 from hpt_torch.executors.segment import trainer_name
 from hpt_torch.recipe import Recipe
 from hpt_torch.report.confirmation import REFIT
 from hpt_torch.task import Task
-from hpt_torch.trainers import base
+from hpt_torch.trainers import base, inductor
 from hpt_torch.trainers.compiled import CompiledTrainer
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
-from hpt_torch.types import Objective, RunMismatchError
+from hpt_torch.types import Objective, Problem, RunMismatchError
 
 ENGINES: Mapping[str, type[LoopTrainer]] = {
     "loop": LoopTrainer,
     "fused": FusedTrainer,
     "compiled": CompiledTrainer,
 }
+
+
+# Then torch counts CUDA devices without the driver, after whose first use no fork can use them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def device_named(name: str) -> torch.device:
@@ -40,9 +44,68 @@ def device_named(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def resume_device(name: str, begun: str, path: Path) -> torch.device:
+def devices_of(recipe: Recipe) -> list[torch.device]:
+    """The devices that train, each as often as it has worker processes; this process uses the first."""
+    numbers = recipe.trainer.devices
+    if numbers is None:
+        return [device_named(recipe.trainer.device)]
+    return [torch.device("cuda", number) for number in numbers]
+
+
+def problems(recipe: Recipe, data: Data) -> list[Problem]:
+    """What of the recipe this machine, or this process, cannot do."""
+    name, numbers = recipe.trainer.device, recipe.trainer.devices
+    found, device = list(_missing_devices(recipe)), devices_of(recipe)[0]
+    if numbers is not None:
+        if recipe.executor == "inline":
+            rule = "inline trains on one device, and trainer.devices names several places; use auto"
+            found.append(Problem("executor", rule))
+        if recipe.run.workers is not None:
+            rule = "trainer.devices has one worker for each number; leave one of the two out"
+            found.append(Problem("run.workers", rule))
+        if any(isinstance(part, Stream) and part.workers for part in (data.train, data.valid)):
+            rule = "workers of devices have none of their own, and a Stream does; give it workers=0"
+            found.append(Problem("trainer.devices", rule))
+    elif recipe.executor == "processes" and not (processes.supported() and device.type == "cpu"):
+        rule = "processes are forked, which needs Linux and device cpu (or trainer.devices); use auto"
+        found.append(Problem("executor", rule))
+    elif recipe.executor == "processes" and not processes.can_train():
+        rule = "processes are forked, and forks of this one cannot train: it has used CUDA or torch.compile"
+        found.append(Problem("executor", f"{rule}; use auto or inline, or a process that has not"))
+    if recipe.run.epoch_timeout is not None and not forks(recipe, device):
+        rule = "needs worker processes, which can be stopped from outside"
+        found.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
+    if recipe.trainer.engine == "compiled" and (lacking := inductor.missing(device.type)) is not None:
+        found.append(Problem("trainer.engine", f"is compiled, but {lacking}"))
+    if name == "mps" and recipe.trainer.dtype == "float64":
+        found.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
+    return found
+
+
+def _missing_devices(recipe: Recipe) -> Iterator[Problem]:
+    name, numbers, count = recipe.trainer.device, recipe.trainer.devices, torch.cuda.device_count()
+    if numbers is not None:
+        if name not in ("auto", "cuda"):
+            yield Problem("trainer.devices", f"are CUDA's, and trainer.device is {name}; leave one out")
+        elif not torch.cuda.is_available():
+            rule = f"is {numbers}, but this machine has no CUDA device; leave it out"
+            yield Problem("trainer.devices", rule)
+        elif max(numbers) >= count:
+            yield Problem("trainer.devices", f"names {max(numbers)}, but there are {count}, from 0 on")
+    elif name.startswith("cuda") and not torch.cuda.is_available():
+        rule = f"is {name}, but this machine has no CUDA device; use auto or cpu"
+        yield Problem("trainer.device", rule)
+    elif name.startswith("cuda:") and int(name[5:]) >= count:
+        yield Problem("trainer.device", f"is {name}, but there are {count} devices")
+    elif name == "mps" and not torch.backends.mps.is_available():
+        yield Problem("trainer.device", "is mps, but this machine has no Apple GPU; use auto or cpu")
+
+
+def resume_device(recipe: Recipe, begun: str, path: Path) -> torch.device:
     """The device of this session: of the kind on which the run began, for other kinds round differently."""
-    device = torch.device("cpu") if name == "auto" and begun == "cpu" else device_named(name)
+    device = devices_of(recipe)[0]
+    if recipe.trainer.device == "auto" and recipe.trainer.devices is None and begun == "cpu":
+        device = torch.device("cpu")
     if device.type != begun:
         raise RunMismatchError(
             f"{path} began on {begun}, and this machine would continue it on {device.type}, where results "
@@ -51,12 +114,24 @@ def resume_device(name: str, begun: str, path: Path) -> torch.device:
     return device
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Chooses kernels that repeat bit for bit. On the CPU all that we use do; CUDA has to be asked."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+def settle(recipe: Recipe, device: torch.device) -> None:
+    """Makes this process use the device as the recipe wants it. Kernels that repeat bit for bit: on the CPU
+    all that we use do; CUDA has to be asked for them."""
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    if recipe.trainer.deterministic:
+        make_deterministic()
+    if recipe.trainer.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def make_deterministic() -> None:
+    """Chooses CUDA's kernels that repeat bit for bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 _SHARE = 0.8  # of the memory that is free
@@ -70,7 +145,9 @@ def memory_of(recipe: Recipe, device: torch.device, data: Data) -> int | None:
     if device.type == "cuda":
         dtype = getattr(torch, recipe.trainer.dtype)
         free: int = torch.cuda.mem_get_info(device)[0]
-        return int(_SHARE * max(free - stream.needed_bytes(data, dtype), 0))
+        rows, workers = stream.needed_bytes(data, dtype), devices_of(recipe).count(device)
+        free -= rows if recipe.trainer.devices is not None else 0  # this process has them there too
+        return int(_SHARE * max(free / workers - rows, 0))
     found = limits.free_bytes() if device.type == "cpu" else None
     return None if found is None else int(_SHARE * found / processes.cores())
 
@@ -124,11 +201,43 @@ def trainers(
 
 
 def forks(recipe: Recipe, device: torch.device) -> bool:
-    """Whether trials train in worker processes of one thread each: two of those beat one of two threads."""
+    """Whether trials train in worker processes: on the CPU of one thread each, for two of those beat one of
+    two threads; on CUDA where the recipe names its devices."""
+    if recipe.trainer.devices is not None:
+        return processes.supported() and not bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     if recipe.executor != "auto":
         return recipe.executor == "processes"
     alone = recipes.planned_trials(recipe) == 1  # nobody else would use the other cores
     return device.type == "cpu" and processes.supported() and not alone and processes.can_train()
+
+
+def training(recipe: Recipe, objective: Objective, made: Mapping[str, LoopTrainer]) -> Training:
+    return Training(
+        trainers=made,
+        objective=objective,
+        epochs=recipe.trainer.epochs,
+        patience=recipe.trainer.patience,
+        save_every_seconds=recipe.run.checkpoint_every_seconds,
+    )
+
+
+def on_devices(recipe: Recipe, objective: Objective, task: Task) -> ProcessExecutor | None:
+    """Workers on the devices that the recipe names, if it does so; to be called before this process uses
+    CUDA, or else there are none, and it trains by itself on the first of them."""
+    if recipe.trainer.devices is None or not forks(recipe, torch.device("cuda")):
+        return None
+    devices = devices_of(recipe)
+
+    def make(position: int) -> Training:
+        device = devices[position]
+        settle(recipe, device)
+        data = data_on(task.data(), recipe, device)
+        return training(recipe, objective, trainers(task, recipe, objective, data, device))
+
+    limit = recipe.run.epoch_timeout
+    started = ProcessExecutor(make, len(devices), spares=processes.SPARES, patience_seconds=limit)
+    started.start()
+    return started
 
 
 def executor(
@@ -139,19 +248,12 @@ def executor(
     made: Mapping[str, LoopTrainer],
     crash: CrashLog,
 ) -> InlineExecutor | ProcessExecutor:
-    settings = recipe.trainer
-    training = Training(
-        trainers=made,
-        objective=objective,
-        epochs=settings.epochs,
-        patience=settings.patience,
-        save_every_seconds=recipe.run.checkpoint_every_seconds,
-    )
+    """What trains in this process, or in workers that are forked from it now."""
+    here = training(recipe, objective, made)
     whole = isinstance(data.train, Rows) and isinstance(data.valid, Rows)  # a stream has processes of its own
     if not forks(recipe, device) or not whole or device.type != "cpu":
-        return InlineExecutor(training, crash)
-    started = ProcessExecutor(
-        training, recipe.run.workers or processes.cores(), patience_seconds=recipe.run.epoch_timeout
-    )
+        return InlineExecutor(here, crash)
+    count, limit = recipe.run.workers or processes.cores(), recipe.run.epoch_timeout
+    started = ProcessExecutor(lambda position: here, count, patience_seconds=limit)
     started.start()  # before observers start threads
     return started

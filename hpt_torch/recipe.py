@@ -69,7 +69,16 @@ class Recipe(Section):
 
 
 # What may differ when a run is continued: budgets and logging. Everything else changes results.
-EXTENDABLE = ("name", "search.trials", "search.timeout", "scheduler.baseline", "final", "run", "executor")
+EXTENDABLE = (
+    "name",
+    "search.trials",
+    "search.timeout",
+    "scheduler.baseline",
+    "final",
+    "run",
+    "executor",
+    "trainer.devices",
+)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

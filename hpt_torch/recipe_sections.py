@@ -72,6 +72,7 @@ Duration = Annotated[
 Epochs = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
+Device = Annotated[int, Field(ge=0, le=1023, strict=True)]
 
 
 class Section(BaseModel):
@@ -213,6 +214,13 @@ class TrainerSection(Section):
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$",
         description="auto, cpu, cuda, cuda:1, mps",
+    )
+    devices: list[Device] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="CUDA: [0, 2] trains in a process on each of these, [0, 0] in two on one; what they are "
+        "changes no result, unless they are of different kinds",
     )
     engine: Literal["auto", "loop", "fused", "compiled"] = Field(
         default="auto",

@@ -26,7 +26,6 @@ from hpt_torch import recipe as recipes
 from hpt_torch.crash import CrashLog
 from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
-from hpt_torch.executors import processes
 from hpt_torch.finale import choose
 from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory
@@ -42,7 +41,6 @@ from hpt_torch.space import Choice, freeze
 from hpt_torch.steered import steered
 from hpt_torch.steering import Steering
 from hpt_torch.task import Task
-from hpt_torch.trainers import inductor
 from hpt_torch.trainers.sizes import parameters
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
@@ -77,35 +75,7 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     problems += check_hparams(recipe, specs)
     objective, wrong = objective_of(recipe, task)
     problems += wrong
-    device = recipe.trainer.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(
-            Problem("trainer.device", f"is {device}, but this machine has no CUDA device; use auto or cpu")
-        )
-    elif device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
-        problems.append(
-            Problem("trainer.device", f"is {device}, but there are {torch.cuda.device_count()} devices")
-        )
-    elif device == "mps" and not torch.backends.mps.is_available():
-        problems.append(
-            Problem("trainer.device", "is mps, but this machine has no Apple GPU; use auto or cpu")
-        )
-    if recipe.executor == "processes" and not (
-        processes.supported() and engines.device_named(device).type == "cpu"
-    ):
-        problems.append(
-            Problem("executor", "processes are forked, which needs Linux and device cpu; use auto or inline")
-        )
-    elif recipe.executor == "processes" and not processes.can_train():
-        rule = "processes are forked, and forks of this one cannot train: it has used CUDA or torch.compile"
-        problems.append(Problem("executor", f"{rule}; use auto or inline, or a process that has not"))
-    if recipe.run.epoch_timeout is not None and not engines.forks(recipe, engines.device_named(device)):
-        rule = "needs worker processes, which can be stopped from outside"
-        problems.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
-    if recipe.trainer.engine == "compiled":
-        problems += _check_compiles(engines.device_named(device).type)
-    if device == "mps" and recipe.trainer.dtype == "float64":
-        problems.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
+    problems += engines.problems(recipe, task.data())
     problems += _check_folds(recipe, task)
     if not problems:
         problems += _check_model(recipe, specs, task)
@@ -114,11 +84,6 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     fixed = _fixed(recipe, specs)
     filled = {n: value for n, value in fixed.items() if value is not None and is_read(n, recipe, specs)}
     return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
-
-
-def _check_compiles(device: str) -> list[Problem]:
-    lacking = inductor.missing(device)
-    return [] if lacking is None else [Problem("trainer.engine", f"is compiled, but {lacking}")]
 
 
 def _warm_started(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
@@ -186,17 +151,20 @@ def run(
     check_free(path)
     wanted = identity(checked)
     goes_on = _check_continues(directory, wanted, checked, accept_changed_code, reopen_holdout)
-    first = None if goes_on else _first_event(checked, wanted, costs)
-    with directory, Record(directory.record) as record:
+    with contextlib.ExitStack() as opened:
+        # Before anything in this process uses CUDA.
+        workers = engines.on_devices(checked.recipe, checked.objective, checked.task)
+        if workers is not None:
+            opened.callback(workers.close)
+        first = None if goes_on else _first_event(checked, wanted, costs)
+        opened.enter_context(directory)
+        record = opened.enter_context(Record(directory.record))
         if first is not None and record.last("run") is None:
             record.append(first)
         begun = record.of_kind("run")[0].body
         torch.set_num_threads(begun["threads"])
-        device = engines.resume_device(checked.recipe.trainer.device, begun["device"], path)
-        if checked.recipe.trainer.deterministic:
-            engines.make_deterministic(device)
-        if checked.recipe.trainer.tf32:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        device = engines.resume_device(checked.recipe, begun["device"], path)
+        engines.settle(checked.recipe, device)
         where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}
         data = engines.data_on(checked.task.data(), checked.recipe, device)
         where["train_rows"] = f"{'on' if isinstance(data.train, Rows) else 'streamed to'} {device}"
@@ -214,8 +182,15 @@ def run(
         directory.write_json(directory.environment, where | {"repository": repository(Path.cwd())})
         directory.write(directory.recipe, checked.recipe.to_toml().encode())
         trainers = engines.trainers(checked.task, checked.recipe, checked.objective, data, device)
-        crash = CrashLog(path)
-        executor = engines.executor(checked.recipe, checked.objective, data, device, trainers, crash)
+        crash, notes = CrashLog(path), _notes(earlier, where, lost)
+        if checked.recipe.trainer.devices is not None and workers is None:
+            notes.append(
+                f"all trains on {device}: workers of other devices are forked, on Linux, by a process that "
+                "has not used CUDA before"
+            )
+        executor = workers or engines.executor(
+            checked.recipe, checked.objective, data, device, trainers, crash
+        )
         with (
             contextlib.closing(executor),
             contextlib.closing(trainers["loop"]),
@@ -235,7 +210,7 @@ def run(
                 observers=observers,
                 should_stop=lambda: bool(received),
                 finish=None if only_search else choose,
-                notes=_notes(earlier, where, lost),
+                notes=notes,
             )
             tuner.run()
         if received:
@@ -261,7 +236,7 @@ def identity(checked: Checked) -> dict[str, Any]:
 
 def _first_event(checked: Checked, wanted: Mapping[str, Any], costs: Mapping[str, Any] | None) -> Event:
     """What a new run is, and what it keeps to its end though the machine or the cost table changes."""
-    device, threads = engines.device_named(checked.recipe.trainer.device), checked.recipe.trainer.threads
+    device, threads = engines.devices_of(checked.recipe)[0], checked.recipe.trainer.threads
     kept = {
         "device": device.type,
         "threads": threads or (1 if engines.forks(checked.recipe, device) else torch.get_num_threads()),

@@ -85,7 +85,8 @@ def engines(
     keep_freed_memory()
     torch.set_num_threads(1)
     on, before, table = torch.device(device), bench_search.load(), []
-    make_deterministic(on)
+    if on.type == "cuda":
+        make_deterministic()
     print(
         f"| {members} members, {device} | loop, ms | fused, ms | compiled, ms | compiled / fused | ", end=""
     )

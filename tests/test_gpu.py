@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, canonical_of
 from test_resume import PowerSwitch
 from test_trainers_fused import CASES, _task, _tensors, _varied, never
 from torch import Tensor
@@ -161,3 +163,29 @@ def test_what_does_not_fit_the_memory_is_trained_in_halves(
     assert halved
     assert all(body["out_of_memory"] for body in halved)
     assert states == [TrialState.COMPLETE] * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0, 0],
+        pytest.param(
+            [0, 1],
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device on this machine"),
+        ),
+    ],
+    ids=str,
+)
+def test_workers_of_devices_change_nothing(tmp_path: Path, numbers: list[int]) -> None:
+    """In processes of their own: this one has used CUDA, after which it forks none for it."""
+    settings = ("trainer.engine=fused", "search.trials=12", "search.round_size=12", "trainer.epochs=3")
+    reports = []
+    for name, more in (("one", "trainer.device=cuda"), ("workers", f"trainer.devices={numbers}")):
+        run = tmp_path / name
+        command = [sys.executable, "-m", "hpt_torch", "run", "digits_mlp_tpe", *settings, more]
+        done = subprocess.run([*command, "--run-dir", str(run)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "workers of other devices" not in done.stdout + done.stderr
+        reports.append(canonical_of(run))
+    assert reports[0] == reports[1]

@@ -73,6 +73,7 @@ device = "cuda:1"
 engine = "loop"
 threads = 2
 memory = "4GB"
+devices = [0, 2]
 dtype = "float64"
 deterministic = false
 keep = "best"

@@ -1,8 +1,9 @@
 """Segments in worker processes, forked once: they share the data, the task and its code with this process.
 
-Forking needs no pickling, so a task from a script's ``__main__`` or a notebook works; it needs Linux and a
-CPU, since a CUDA context does not survive a fork. Workers train on as many threads as this process. They
-hold nothing that is not in the record: one that dies is replaced, and its segment is run again.
+Forking needs no pickling, so a task from a script's ``__main__`` or a notebook works; it needs Linux. Workers
+train on as many threads as this process. They hold nothing that is not in the record: one that dies is
+replaced, and its segment is run again. A CUDA context does not survive a fork: workers for CUDA are forked
+before this process has one, the spare ones too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import multiprocessing
 import os
 import pickle
@@ -31,6 +33,7 @@ from hpt_torch.executors.segment import Boundary, Segment, Training, gave_up
 from hpt_torch.types import RunError
 
 DEATHS = 3  # of workers with the same segment, before the segment counts as the cause
+SPARES = 8  # that wait to replace others, where none can be forked later
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
@@ -80,18 +83,32 @@ class _Restart:
 class ProcessExecutor:
     """`workers` processes, started at the first run, or by `start` before other threads exist.
 
-    patience_seconds: one that brings no boundary for so long is killed, and its segment not run again.
+    training: what trains in the worker at a position from 0 on, made there. spares: how many more are forked
+    at the start, to replace those that die; None: a new one is forked for each. patience_seconds: one that
+    brings no boundary for so long is killed, and its segment not run again.
     """
 
-    def __init__(self, training: Training, workers: int, *, patience_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        training: Callable[[int], Training],
+        workers: int,
+        *,
+        spares: int | None = None,
+        patience_seconds: float | None = None,
+    ) -> None:
         self.training, self.count, self.patience = training, workers, patience_seconds
         self._context = multiprocessing.get_context("fork")
         self._stop = self._context.RawValue(ctypes.c_bool, False)
         self._workers: list[_Worker] = []
+        self._spares: list[_Worker] | None = None if spares is None else []
+        self._keeps = spares or 0
 
     def start(self) -> None:
         while len(self._workers) < self.count:
             self._workers.append(self._fork())
+        while self._spares is not None and self._keeps:
+            self._spares.append(self._fork())
+            self._keeps -= 1
 
     def run(self, segments: Iterable[Segment], should_stop: Callable[[], bool]) -> Iterator[Boundary]:
         self.start()
@@ -114,7 +131,7 @@ class ProcessExecutor:
                     break
                 running[position].heard = time.monotonic()
                 with contextlib.suppress(OSError):  # it died while it waited: reading from it will tell
-                    _send(worker.connection, running[position].segment)
+                    _send(worker.connection, (position, running[position].segment))
             if not running:
                 if again and not self._stop.value:
                     continue
@@ -155,12 +172,14 @@ class ProcessExecutor:
         return self.patience is not None and time.monotonic() - restart.heard > self.patience
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in (*self._workers, *(self._spares or ())):
             worker.connection.close()
             worker.process.kill()
             worker.process.join()
             os.close(worker.crash)
         self._workers.clear()
+        if self._spares is not None:
+            self._spares.clear()
 
     def _note(self, restart: _Restart, boundary: Boundary) -> None:
         """A restart goes on from the newest state: what was reported after it is trained and told again."""
@@ -170,7 +189,7 @@ class ProcessExecutor:
 
     def _fork(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        others = [ours, *(worker.connection for worker in self._workers)]
+        others = [ours, *(worker.connection for worker in (*self._workers, *(self._spares or ())))]
         crash = os.memfd_create("hpt_torch crash")
         arguments = (theirs, others, self.training, self._stop, torch.get_num_threads(), os.getpid(), crash)
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
@@ -191,17 +210,38 @@ class ProcessExecutor:
         code = old.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         del self._workers[position]
-        self._workers.insert(position, self._fork())
+        self._workers.insert(position, self._fresh(how))
         return how, f":\n{stack}" if stack else ""
+
+    def _fresh(self, how: str) -> _Worker:
+        if self._spares is None:
+            return self._fork()
+        if not self._spares:
+            raise RunError(
+                f"a worker process {how}, and as many as can be replaced had died before; nothing is lost, "
+                "and the same command goes on"
+            )
+        return self._spares.pop()
 
 
 def _is_halted(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
-def _send(connection: Connection, message: Segment | Boundary | str) -> None:
+class _Pickler(pickle.Pickler):
+    """Tensors arrive on the CPU, whatever device they come from."""
+
+    def reducer_override(self, one: Any) -> Any:
+        if isinstance(one, torch.Tensor) and one.device.type != "cpu":
+            return one.detach().cpu().__reduce_ex__(5)  # type: ignore[no-untyped-call]
+        return NotImplemented
+
+
+def _send(connection: Connection, message: tuple[int, Segment] | Boundary | str) -> None:
     """With plain pickle: multiprocessing's own would move each tensor through a shared file."""
-    connection.send_bytes(pickle.dumps(message, protocol=5))
+    written = io.BytesIO()
+    _Pickler(written, protocol=5).dump(message)
+    connection.send_bytes(written.getbuffer())
 
 
 def _receive(connection: Connection) -> Any:
@@ -211,7 +251,7 @@ def _receive(connection: Connection) -> Any:
 def _serve(
     connection: Connection,
     others: list[Connection],
-    training: Training,
+    training: Callable[[int], Training],
     stop: Any,
     threads: int,
     parent: int,
@@ -227,10 +267,12 @@ def _serve(
         other.close()
     faulthandler.enable(crash, all_threads=False)
     torch.set_num_threads(threads)
+    mine = None
     try:
         while True:
-            segment = _receive(connection)
-            for boundary in training.run(segment, lambda: bool(stop.value)):
+            position, segment = _receive(connection)
+            mine = mine or training(position)
+            for boundary in mine.run(segment, lambda: bool(stop.value)):
                 _send(connection, boundary)
     except (EOFError, OSError):
         os._exit(0)  # the coordinator is gone

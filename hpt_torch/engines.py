@@ -76,7 +76,7 @@ def problems(recipe: Recipe, data: Data) -> list[Problem]:
         rule = "needs worker processes, which can be stopped from outside"
         found.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
     if recipe.trainer.engine == "compiled" and (lacking := inductor.missing(device.type)) is not None:
-        found.append(Problem("trainer.engine", f"is compiled, but {lacking}"))
+        found.append(Problem("trainer.engine", f"is compiled, but {lacking}, or take trainer.engine=fused"))
     if name == "mps" and recipe.trainer.dtype == "float64":
         found.append(Problem("trainer.dtype", "float64 is not supported on mps; use float32"))
     return found

@@ -84,6 +84,7 @@ class Record:
         self.head = _FIRST_HASH
         self._opened = time.monotonic()
         self.events: list[Event] = []
+        self._by_kind: dict[str, list[Event]] = {}
         self.trials: dict[int, Trial] = {}
         self.state_files: dict[str, list[StateFile]] = {}  # newest last
         self._reports: dict[tuple[int, int], tuple[Report, float]] = {}  # with the time of its commit
@@ -149,10 +150,10 @@ class Record:
     # -- reading ---------------------------------------------------------------------------------------
 
     def of_kind(self, kind: str) -> list[Event]:
-        return [event for event in self.events if event.kind == kind]
+        return list(self._by_kind.get(kind, ()))
 
     def last(self, kind: str) -> Event | None:
-        return next((event for event in reversed(self.events) if event.kind == kind), None)
+        return next(reversed(self._by_kind.get(kind, ())), None)
 
     def report_at(self, trial: int, epoch: int) -> Report | None:
         return self._reports.get((trial, epoch), (None, 0.0))[0]
@@ -200,6 +201,7 @@ class Record:
 
     def _apply(self, event: Event) -> None:
         self.events.append(event)
+        self._by_kind.setdefault(event.kind, []).append(event)
         body = event.body
         match event.kind:
             case "run":

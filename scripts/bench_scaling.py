@@ -17,6 +17,8 @@ import typer
 
 import hpt_torch as hpt
 from hpt_torch import machine, tasks
+from hpt_torch.trainers import inductor
+from hpt_torch.trainers.compiled import CompiledTrainer
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 
@@ -60,9 +62,11 @@ def _population(largest: int, batch_size: int, repeats: int) -> dict[str, Any]:
     alone, steps = _epoch_seconds(LoopTrainer, 1, batch_size, repeats)
     rows = [{"engine": "loop", "members": 1, "ms_a_step": 1e3 * alone / steps, "marginal": None}]
     sizes = [2**k for k in range(largest.bit_length())]
-    for size in sizes:
-        seconds, _ = _epoch_seconds(FusedTrainer, size, batch_size, repeats)
-        row = {"engine": "fused", "members": size, "ms_a_step": 1e3 * seconds / steps}
+    compiled = [size for size in sizes if size >= 8][::2] if inductor.missing("cpu") is None else []
+    cases = [("fused", FusedTrainer, size) for size in sizes]
+    for name, engine, size in (*cases, *(("compiled", CompiledTrainer, size) for size in compiled)):
+        seconds, _ = _epoch_seconds(engine, size, batch_size, repeats)
+        row = {"engine": name, "members": size, "ms_a_step": 1e3 * seconds / steps}
         row["marginal"] = (seconds - alone) / (size - 1) / alone if size > 1 else None
         rows.append(row)
     alone_again, _ = _epoch_seconds(LoopTrainer, 1, batch_size, repeats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class Summary:
         """Completed trials, best first."""
         return self.objective.ranked([t for t in self.trials if t.state is TrialState.COMPLETE])
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[str]:
         """Those of `types.SIZES` that are recorded of a trial."""
         return [name for name in SIZES if any(getattr(trial, name) is not None for trial in self.trials)]

@@ -34,7 +34,7 @@ def missing(device: str) -> str | None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            return "torch.compile needs Triton on CUDA; pip install triton, or take trainer.engine=fused"
+            return "torch.compile needs Triton on CUDA; pip install triton"
     elif device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -47,10 +47,10 @@ def missing(device: str) -> str | None:
         if not shutil.which(compiler):
             return (
                 f"torch.compile needs a C++ compiler on the CPU ({why}); install g++ (build-essential, Xcode "
-                "command line tools), or take trainer.engine=fused"
+                "command line tools)"
             )
     else:
-        return f"torch.compile is not used on {device}; take trainer.engine=fused"
+        return f"torch.compile is not used on {device}"
     return None
 
 

@@ -41,6 +41,7 @@ from hpt_torch.space import Choice, freeze
 from hpt_torch.steered import steered
 from hpt_torch.steering import Steering
 from hpt_torch.task import Task
+from hpt_torch.trainers import inductor
 from hpt_torch.trainers.sizes import parameters
 from hpt_torch.tuner import Tuner
 from hpt_torch.types import (
@@ -306,6 +307,12 @@ def _check_continues(
                 "before and after would not be comparable: use another run directory, or go on all the same "
                 "with --accept-changed-code (accept_changed_code=True)"
             )
+        lacking = inductor.missing(old["device"]) if _compiles(record) else None
+        if lacking is not None:
+            raise RunMismatchError(
+                f"{directory.path} has trials that train by compiled steps, and {lacking}; or continue it "
+                "where that is there"
+            )
         if record.last("holdout") and not reopen and _has_more_work(record, checked.recipe):
             raise RunMismatchError(
                 f"{directory.path} is finished and its hold-out rows were read. Searching on and reading "
@@ -313,6 +320,13 @@ def _check_continues(
                 "and the report counts the readings"
             )
     return True
+
+
+def _compiles(record: Record) -> bool:
+    """Whether trials are left that the plan wants compiled."""
+    chunks = [chunk for plan in record.of_kind("plan") for chunk in plan.body["chunks"]]
+    compiled = {trial for chunk in chunks if chunk["engine"] == "compiled" for trial in chunk["trials"]}
+    return any(not record.trials[trial].state.is_finished for trial in compiled)
 
 
 def _has_more_work(record: Record, recipe: Recipe) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from hpt_torch.trainers import inductor, traced
 from hpt_torch.trainers.compiled import CompiledTrainer
 from hpt_torch.trainers.costs import Costs
 from hpt_torch.trainers.loop import LoopTrainer
-from hpt_torch.types import RecipeError
+from hpt_torch.types import Interrupted, RecipeError, RunMismatchError
 
 pytestmark = pytest.mark.skipif(
     inductor.missing("cpu") is not None, reason=f"nothing can be compiled here: {inductor.missing('cpu')}"
@@ -352,3 +353,31 @@ def test_a_compiled_run_is_the_same_twice_and_in_workers(
     first = run_quick(tmp_path / "first", raw=raw, task=linear)
     assert {chunk["engine"] for chunk in _chunks(tmp_path / "first")} == {"compiled"}
     assert run_quick(tmp_path / "second", f"executor={executor}", raw=raw, task=linear) == first
+
+
+@pytest.mark.slow
+def test_a_run_that_was_planned_with_a_compiler_is_not_continued_without_one(
+    linear: Task, run_quick: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Costs(ratios={}, pays_after={"cpu": {"dense": {2: 70.0}}}).as_recorded("cpu")
+    more: dict[str, Any] = {"raw": _raw("auto", epochs=20), "task": linear, "costs": costs}
+    whole = run_quick(tmp_path / "whole", **more)
+
+    class Impatient:
+        def started(self, tuner: Any) -> None: ...
+        def ended(self, tuner: Any) -> None: ...
+        def say(self, line: str) -> None: ...
+        def recorded(self, tuner: Any, events: Any) -> None:
+            if not tuner.stopped and any(event.kind == "report" for event in events):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_quick(tmp_path / "run", **more, observers=[Impatient()])
+    with monkeypatch.context() as patch:
+        patch.setattr(inductor, "missing", lambda device: f"torch.compile lacks what {device} needs")
+        with pytest.raises(
+            RunMismatchError, match="by compiled steps, and torch.compile lacks what cpu"
+        ):
+            run_quick(tmp_path / "run", **more)
+        assert run_quick(tmp_path / "whole", **more) == whole  # it has nothing left to train
+    assert run_quick(tmp_path / "run", **more) == whole

@@ -120,8 +120,11 @@ def test_the_verdict_says_who_leads_and_whether_that_can_be_told(tmp_path: Path,
         "d has the best valid/accuracy, 0.8100: 0.0100 better than c, which is less than one standard error "
         "of a score (0.0392, 100 valid rows)."
     ]
-    tie = [made(tmp_path / "e", [0.8]), made(tmp_path / "f", [0.8])]
-    assert compare.verdict(compare.read(tie)) == ["e and f share the best valid/accuracy, 0.8000."]
+    tie = [made(tmp_path / name, [0.8], holdout=0.7) for name in "ef"]
+    assert compare.verdict(compare.read(tie)) == [
+        "e and f share the best valid/accuracy, 0.8000.",
+        "On hold-out rows e and f share the best value, 0.7000.",
+    ]
 
 
 def test_what_stands_against_a_comparison_is_said(tmp_path: Path) -> None:

@@ -375,9 +375,7 @@ def test_a_run_that_was_planned_with_a_compiler_is_not_continued_without_one(
         run_quick(tmp_path / "run", **more, observers=[Impatient()])
     with monkeypatch.context() as patch:
         patch.setattr(inductor, "missing", lambda device: f"torch.compile lacks what {device} needs")
-        with pytest.raises(
-            RunMismatchError, match="by compiled steps, and torch.compile lacks what cpu"
-        ):
+        with pytest.raises(RunMismatchError, match="by compiled steps, and torch.compile lacks what cpu"):
             run_quick(tmp_path / "run", **more)
         assert run_quick(tmp_path / "whole", **more) == whole  # it has nothing left to train
     assert run_quick(tmp_path / "run", **more) == whole

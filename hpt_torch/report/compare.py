@@ -130,6 +130,9 @@ def _held(runs: Sequence[Run], metric: str, direction: str) -> list[str]:
     if len(held) < 2:
         return []
     value, best = (max if direction == "maximize" else min)(held, key=lambda pair: pair[0])
+    names = [run.name for other, run in held if other == value]
+    if len(names) > 1:
+        return [f"On hold-out rows {' and '.join(names)} share the best value, {number(value)}."]
     return [
         f"On hold-out rows {best.name} is best, with {number(value)}; to choose between runs by this figure "
         "is a choice, too, and flatters it."

@@ -85,6 +85,14 @@ def tune(
     """
     if not isinstance(task, Task):
         raise RecipeError("tune()", [Problem("task", f"must be a hpt_torch.Task, got {type(task).__name__}")])
+    given = {"hparams": hparams, "second": second, "scheduler": scheduler, "evaluation": evaluation}
+    given = {name: value for name, value in {**given, "trainer": trainer}.items() if value is not None}
+    wrong = {
+        name: value for name, value in {"space": space, **given}.items() if not isinstance(value, Mapping)
+    }
+    if wrong:
+        rule = "must be a mapping of names to values, got"
+        raise RecipeError("tune()", [Problem(name, f"{rule} {value!r}") for name, value in wrong.items()])
     raw: dict[str, Any] = {
         "seed": seed,
         "task": {"kind": "python", "model": task.name, "data": "python"},

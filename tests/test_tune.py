@@ -128,7 +128,24 @@ def test_wrong_arguments_are_shown_together_and_write_nothing(data: hpt.Data, tm
     assert "space.widht: is not a hyperparameter of this task; did you mean width?" in str(caught.value)
     with pytest.raises(ValueError, match="task: must be a hpt_torch.Task, got str"):
         hpt.tune("mlp", {}, trials=1)  # type: ignore[arg-type]
+    with pytest.raises(hpt.RecipeError) as caught:
+        hpt.tune(hpt.Classification(Net, data), None, trials=1, trainer=5)  # type: ignore[arg-type]
+    for line in ("space: must be a mapping of names to values, got None", "trainer: must be a mapping"):
+        assert line in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_of_the_trainers_settings(data: hpt.Data, tmp_path: Path) -> None:
+    space = {"lr": hpt.Float(0.01, 0.1)}
+    settings = {"patience": 1, "memory": "1GB", "device": "cpu"}
+    result = hpt.tune(
+        hpt.Classification(Net, data), space, trials=2, epochs=3, trainer=settings, progress=False,
+        tensorboard=False, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    recipe = (result.path / "recipe.toml").read_text()
+    assert 'device = "cpu"' in recipe
+    assert "memory = 1000000000" in recipe
+    assert "patience = 1" in recipe
 
 
 def test_models_are_factories_with_named_hyperparameters(data: hpt.Data) -> None:

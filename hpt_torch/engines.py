@@ -230,6 +230,7 @@ def on_devices(recipe: Recipe, objective: Objective, task: Task) -> ProcessExecu
 
     def make(position: int) -> Training:
         device = devices[position]
+        torch.set_num_threads(recipe.trainer.threads or 1)
         settle(recipe, device)
         data = data_on(task.data(), recipe, device)
         return training(recipe, objective, trainers(task, recipe, objective, data, device))

@@ -171,6 +171,8 @@ class CompiledTrainer(FusedTrainer):
         lacking = inductor.missing(self.device.type)
         if lacking is not None:
             return lacking
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (7, 0):
+            return "torch.compile needs a CUDA device of compute capability 7.0 or higher"
         if self.device.type == "cuda" and "convolution" in self.traits(
             population.hparams[0], population.trials[0]
         ):

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from hpt_torch.data import Part, Rows
+from hpt_torch.data import Rows
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
@@ -95,26 +95,26 @@ class FusedTrainer(LoopTrainer):
         Measured with copies of these members on two rows and on four: what is computed is linear in them.
         """
         state = 2 * sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
-        train, valid = self.data.train, self.data.valid
-        batch = min(int(str(population.hparams[0]["batch_size"])), len(train))
-        sizes = ((train, batch), (valid, min(len(valid), base.EVALUATION_BATCH)))
+        batch = min(int(str(population.hparams[0]["batch_size"])), len(self.data.train))
+        sizes = {"step": batch, "evaluate": min(len(self.data.valid), base.EVALUATION_BATCH)}
 
-        def needed(at: Callable[[Part, int], float]) -> int:
-            return math.ceil((state + max(at(part, size) for part, size in sizes)) / len(population))
+        def needed(at: Callable[[str], float]) -> int:
+            return math.ceil((state + max(map(at, sizes))) / len(population))
 
-        def measured(part: Part, rows: int) -> int:
+        def measured(what: str, rows: int) -> int:
             stack = Stack(self, population.copy(), list(range(len(population))))
             stack.begin_epoch(0, 1)
-            batch = part.slice(0, rows)
+            part = (self.data.train if what == "step" else self.data.valid).slice(0, rows)
             return computed_bytes(
-                lambda: stack.evaluate(Rows(batch)) if part is valid else stack.step(batch, 0)
+                lambda: stack.step(part, 0) if what == "step" else stack.evaluate(Rows(part))
             )
 
-        bound = needed(lambda part, size: measured(part, 2) * max(size / 2, 1))
-        if bound <= few or min(size for _, size in sizes) < 4:
+        two = {what: measured(what, 2) for what in sizes}
+        bound = needed(lambda what: two[what] * max(sizes[what] / 2, 1))
+        if bound <= few or min(sizes.values()) < 4:
             return bound
-        two, four = ({id(part): measured(part, rows) for part, _ in sizes} for rows in (2, 4))
-        return needed(lambda part, size: two[id(part)] + (four[id(part)] - two[id(part)]) * (size - 2) / 2)
+        each = {what: (measured(what, 4) - two[what]) / 2 for what in sizes}  # bytes a row
+        return needed(lambda what: two[what] + each[what] * (sizes[what] - 2))
 
     def why_not(self, population: Population) -> str | None:
         """Why these members cannot be trained together, or None: found by mapping one step and an evaluation

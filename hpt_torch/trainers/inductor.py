@@ -31,9 +31,10 @@ _NORM = _aten._native_batch_norm_legit.default
 def missing(device: str) -> str | None:
     """What this machine lacks to compile for devices of this type, and the remedy; None: nothing."""
     if device == "cuda":
-        from torch.utils._triton import has_triton
+        from torch.utils._triton import has_triton_package
 
-        if not has_triton():
+        # (`has_triton` asks the device, too, and after that no worker could be forked for it.)
+        if not has_triton_package():
             return "torch.compile needs Triton on CUDA; pip install triton"
     elif device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler

@@ -8,9 +8,13 @@ The names below are the public ones; they are imported when first used, so that 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Then torch counts CUDA devices without the driver, after whose first use no fork can use them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if TYPE_CHECKING:
     from hpt_torch.api import tune

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,10 +29,6 @@ ENGINES: Mapping[str, type[LoopTrainer]] = {
     "fused": FusedTrainer,
     "compiled": CompiledTrainer,
 }
-
-
-# Then torch counts CUDA devices without the driver, after whose first use no fork can use them.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def device_named(name: str) -> torch.device:
@@ -72,7 +68,11 @@ def problems(recipe: Recipe, data: Data) -> list[Problem]:
     elif recipe.executor == "processes" and not processes.can_train():
         rule = "processes are forked, and forks of this one cannot train: it has used CUDA or torch.compile"
         found.append(Problem("executor", f"{rule}; use auto or inline, or a process that has not"))
-    if recipe.run.epoch_timeout is not None and not forks(recipe, device):
+    if recipe.executor == "processes" and numbers is None and (recipe.trainer.threads or 1) > 1:
+        rule = "must be 1 where trials train in worker processes, of one thread each, got"
+        remedy = "leave it out, or set executor to inline"
+        found.append(Problem("trainer.threads", f"{rule} {recipe.trainer.threads}; {remedy}"))
+    if recipe.run.epoch_timeout is not None and numbers is None and not forks(recipe, device):
         rule = "needs worker processes, which can be stopped from outside"
         found.append(Problem("run.epoch_timeout", f"{rule}; set executor to processes, or leave it out"))
     if recipe.trainer.engine == "compiled" and (lacking := inductor.missing(device.type)) is not None:
@@ -143,20 +143,30 @@ def memory_of(recipe: Recipe, device: torch.device, data: Data) -> int | None:
     if recipe.trainer.memory is not None:
         return int(recipe.trainer.memory)
     if device.type == "cuda":
-        dtype = getattr(torch, recipe.trainer.dtype)
-        free: int = torch.cuda.mem_get_info(device)[0]
-        rows, workers = stream.needed_bytes(data, dtype), devices_of(recipe).count(device)
-        free -= rows if recipe.trainer.devices is not None else 0  # this process has them there too
-        return int(_SHARE * max(free / workers - rows, 0))
+        devices = devices_of(recipe)
+        return min(_share_of(recipe, data, one, devices) for one in devices)
     found = limits.free_bytes() if device.type == "cpu" else None
     return None if found is None else int(_SHARE * found / processes.cores())
+
+
+def _share_of(recipe: Recipe, data: Data, device: torch.device, devices: Sequence[torch.device]) -> int:
+    """Of a CUDA device, for a group in each of its workers, beside their rows: of the split, of each fold and
+    of the last training. This process, too, has these on the first device."""
+    folding = recipes.folding_of(recipe)
+    copies = 1 + (folding.count if folding is not None else 0) + recipes.refits(recipe)
+    rows = copies * stream.needed_bytes(data, getattr(torch, recipe.trainer.dtype))
+    free: int = torch.cuda.mem_get_info(device)[0]
+    if recipe.trainer.devices is not None and device == devices[0]:
+        free -= rows
+    return int(_SHARE * max(free / devices.count(device) - rows, 0))
 
 
 def data_on(data: Data, recipe: Recipe, device: torch.device) -> Data:
     """The data on the device; train rows that are too many for it are left in memory and streamed."""
     dtype = getattr(torch, recipe.trainer.dtype)
     if device.type == "cuda":
-        data = stream.fitted(data, dtype, torch.cuda.mem_get_info(device)[0])
+        shares = max(devices_of(recipe).count(device), 1)
+        data = stream.fitted(data, dtype, torch.cuda.mem_get_info(device)[0] // shares)
     return data.to(device, dtype)
 
 
@@ -204,11 +214,13 @@ def forks(recipe: Recipe, device: torch.device) -> bool:
     """Whether trials train in worker processes: on the CPU of one thread each, for two of those beat one of
     two threads; on CUDA where the recipe names its devices."""
     if recipe.trainer.devices is not None:
-        return processes.supported() and not bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        return processes.supported() and processes.can_use_cuda()
     if recipe.executor != "auto":
         return recipe.executor == "processes"
     alone = recipes.planned_trials(recipe) == 1  # nobody else would use the other cores
-    return device.type == "cpu" and processes.supported() and not alone and processes.can_train()
+    if alone or (recipe.trainer.threads or 1) > 1:  # a fork has no threads to share its work with
+        return False
+    return device.type == "cpu" and processes.supported() and processes.can_train()
 
 
 def training(recipe: Recipe, objective: Objective, made: Mapping[str, LoopTrainer]) -> Training:
@@ -230,7 +242,7 @@ def on_devices(recipe: Recipe, objective: Objective, task: Task) -> ProcessExecu
 
     def make(position: int) -> Training:
         device = devices[position]
-        torch.set_num_threads(recipe.trainer.threads or 1)
+        torch.set_num_threads(1)
         settle(recipe, device)
         data = data_on(task.data(), recipe, device)
         return training(recipe, objective, trainers(task, recipe, objective, data, device))

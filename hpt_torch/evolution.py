@@ -129,8 +129,7 @@ class Evolution:
                 dataclasses.replace(chunk, key=f"generation-{self.generation}-{chunk.trials[0]}")
                 for chunk in self.tuner.planning.chunks_of(hparams)
             ]
-            plan = [dataclasses.asdict(chunk) for chunk in chunks]
-            self.tuner.commit(Event(kind="plan", body={"generation": self.generation, "chunks": plan}))
+            self.tuner.commit(self.tuner.planning.event(chunks, generation=self.generation))
             if self.generation == 0:
                 self.tuner.planning.tell(chunks)
         wanted, found = {self.trials[i] for i in members}, []

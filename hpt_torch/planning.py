@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -48,10 +49,13 @@ class Planning:
         self.record, self.trainers, self.trainer = record, trainers, trainers["loop"]
         self.engine, self.say, self.crash, self.folds = engine, say, crash, folds
         begun = record.last("run")
-        body = begun.body if begun is not None else {}
-        self.costs = costs.recorded(body, self.trainer.device.type)
-        self.memory: int | None = body.get("memory")  # bytes that trials that train together may take
-        self._bytes_a_member: dict[str, int] = {}  # by signature
+        self.costs = costs.recorded(begun.body if begun is not None else {}, self.trainer.device.type)
+        self.memory: int | None = self.costs.get("memory")  # bytes that trials that train together may take
+        # By signature, as measured when it was first planned; 0: not known.
+        self._bytes_a_member: dict[str, int] = {}
+        for plan in record.of_kind("plan"):
+            self._bytes_a_member |= plan.body.get("bytes_a_member", {})
+        self._measured: dict[str, int] = {}  # what of these no plan has recorded yet
         # By signature and engine: why it cannot train such trials together.
         self._reasons: dict[tuple[str, str], str | None] = {}
         self._told: set[str] = set()
@@ -97,8 +101,8 @@ class Planning:
         return found
 
     def chunks_of(self, hparams: Mapping[int, HParams], rounds: int = 1) -> list[Chunk]:
-        """How trials with these hyperparameters (fixed ones included) are to be trained. rounds: of
-        the search, this one included, that train the same programs."""
+        """How trials with these hyperparameters (fixed ones included) are to be trained. rounds: that are
+        left of the search, this one included, and train the same programs."""
         signatures = {trial: signature(full, self.trainer.dynamic) for trial, full in hparams.items()}
         return planner.plan(
             list(signatures.items()),
@@ -144,6 +148,8 @@ class Planning:
         """Why it pays to compile the step of so many members like this one, or None."""
         if not self.lasting:
             return None  # their number would change, and each number is another program
+        if (signature(hparams, self.trainer.dynamic), members) in self._compiled():
+            return f"{members} trials of one signature, whose step is compiled already"
         size = min(int(str(hparams["batch_size"])), len(self.trainer.data.train))
         steps = self.trainer.epochs * self.trainer.order.batches(size) * rounds
         traits = self.trainer.traits(hparams, trial)
@@ -153,13 +159,19 @@ class Planning:
         often = f", in {rounds} rounds" if rounds > 1 else ""
         return f"{members} trials of {steps // rounds:,} steps{often}: compiling pays after {after:,.0f}"
 
+    def _compiled(self) -> set[tuple[str, int]]:
+        """(signature, members) of the chunks so far that were to be compiled."""
+        chunks = [chunk for plan in self.record.of_kind("plan") for chunk in plan.body["chunks"]]
+        found = [chunk["trials"] for chunk in chunks if chunk["engine"] == "compiled"]
+        return {(self.record.trials[trials[0]].signature, len(trials)) for trials in found}
+
     def _holds(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> int | None:
-        """How many trials of this signature the memory holds at once, measured with these two; None: any
-        number, or not known."""
+        """How many trials of this signature the memory holds at once, measured with these two where no plan
+        has recorded it; None: any number, or not known."""
         if self.memory is None:
             return None
         if signed not in self._bytes_a_member:
-            fused, needed = self.trainers["fused"], self.memory
+            fused, needed = self.trainers["fused"], self.memory + 1  # not even two: each is alone
             assert isinstance(fused, FusedTrainer)
             if not self.crash.note(f"measuring {signed}"):
                 try:
@@ -170,9 +182,15 @@ class Planning:
                         self.say(f"how much memory trials like {trials[0]} take is not known: {error!r}")
                         needed = 0
             self.crash.note("")
-            self._bytes_a_member[signed] = needed
+            self._bytes_a_member[signed] = self._measured[signed] = needed
         needed = self._bytes_a_member[signed]
         return self.memory // needed if needed else None
+
+    def event(self, chunks: Sequence[Chunk], **about: int) -> Event:
+        """The plan, with all that going on must not decide anew. about: its round, or generation."""
+        measured, self._measured = self._measured, {}
+        body = {**about, "chunks": [dataclasses.asdict(chunk) for chunk in chunks]}
+        return Event(kind="plan", body=body | ({"bytes_a_member": measured} if measured else {}))
 
     def tell(self, chunks: Sequence[Chunk]) -> None:
         """Says once, for each reason, why trials are trained as they are."""

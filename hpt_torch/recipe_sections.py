@@ -245,7 +245,11 @@ class TrainerSection(Section):
         description="of initial weights, data order and noise; unless given: the recipe's seed",
     )
     threads: int | None = Field(
-        default=None, ge=1, le=1024, strict=True, description="CPU threads; recorded, kept on resume"
+        default=None,
+        ge=1,
+        le=1024,
+        strict=True,
+        description="CPU threads; recorded, kept on resume; more than 1 train in one process",
     )
     memory: ByteSize | None = Field(
         default=None,

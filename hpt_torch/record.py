@@ -203,7 +203,7 @@ class Record:
         self.events.append(event)
         self._by_kind.setdefault(event.kind, []).append(event)
         body = event.body
-        match event.kind:
+        match event.kind:  # others, as sessions, are looked up by kind where they are needed
             case "run":
                 if body["format"] != FORMAT:
                     raise RunError(
@@ -247,8 +247,6 @@ class Record:
                 file = StateFile(**body)
                 _check_name(file.name)
                 self.state_files.setdefault(file.key, []).append(file)
-            case _:
-                pass  # sessions, plans, hold-out readings: looked up by kind where they are needed
 
     def _exploit(self, generation: int, epoch: int, copy: Mapping[str, Any]) -> None:
         trial = self.trials[copy["target"]]

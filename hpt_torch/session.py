@@ -241,8 +241,11 @@ def _first_event(checked: Checked, wanted: Mapping[str, Any], costs: Mapping[str
     kept = {
         "device": device.type,
         "threads": threads or (1 if engines.forks(checked.recipe, device) else torch.get_num_threads()),
-        "costs": costs or calibration.present().as_recorded(device.type),
-        "memory": engines.memory_of(checked.recipe, device, checked.task.data()),
+        "costs": costs
+        or {
+            **calibration.present().as_recorded(device.type),
+            "memory": engines.memory_of(checked.recipe, device, checked.task.data()),
+        },
     }
     return Event(kind="run", body={**wanted, **kept})
 

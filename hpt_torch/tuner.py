@@ -7,7 +7,6 @@ running is resuming.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -192,15 +191,15 @@ class Tuner:
             self.commit(*events)
             return True
         chunks = [*going_on, *self.planning.chunks_of(hparams, self._rounds_like(hparams))]
-        plan = Event(kind="plan", body={"round": number, "chunks": [dataclasses.asdict(c) for c in chunks]})
-        self.commit(*events, plan, *promotions)
+        self.commit(*events, self.planning.event(chunks, round=number), *promotions)
         self.planning.tell(chunks)
         return True
 
     def _rounds_like(self, hparams: Mapping[int, HParams]) -> int:
-        """How many rounds of the search train the same programs as one of these trials."""
+        """How many rounds are left that train the same programs as the next one, of these trials."""
         alike = len(hparams) == self.round_size and self.trainer.dynamic.issuperset(self.recipe.space)
-        return self.budget // self.round_size if alike and self.budget is not None else 1
+        left = (self.budget or 0) + self.steered.added - len(self.record.trials)
+        return max(left // self.round_size, 1) if alike else 1
 
     def _take_requests(self) -> bool:
         """Records what was asked of the run meanwhile; whether there was anything."""

@@ -15,7 +15,7 @@ import torch
 from test_evolution import POPULATION
 from test_resume import Killed, PowerSwitch
 
-from hpt_torch import baselines, calibration, session
+from hpt_torch import baselines, calibration, limits, session
 from hpt_torch import recipe as recipes
 from hpt_torch.data import cache
 from hpt_torch.record import Record
@@ -49,7 +49,7 @@ def _engines(run: Path) -> set[str]:
 def _recorded(run: Path) -> dict[str, Any]:
     with Record(run / "run.db", readonly=True) as record:
         found: dict[str, Any] = record.of_kind("run")[0].body["costs"]
-    return found
+    return {name: value for name, value in found.items() if name != "memory"}
 
 
 # -- the table -----------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_the_canonical_report_does_not_know_the_table(
 
 @pytest.mark.slow
 def test_confirmations_and_baselines_plan_as_the_run_that_they_belong_to(
-    table: Path, tmp_path: Path, run_quick: RunQuick, digits_task: Task
+    table: Path, tmp_path: Path, run_quick: RunQuick, digits_task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def population(baseline: bool) -> None:
         raw = {**POPULATION, "scheduler": {**POPULATION["scheduler"], "baseline": baseline}}
@@ -183,12 +183,15 @@ def test_confirmations_and_baselines_plan_as_the_run_that_they_belong_to(
     run_quick(tmp_path / "search", *TOGETHER)
     population(baseline=False)
     table.write_text("damaged")
+    monkeypatch.setattr(limits, "free_bytes", lambda: 10)
     run_quick(tmp_path / "search", *TOGETHER, "final.confirm=2", "final.seeds=2", reopen_holdout=True)
     population(baseline=True)
     inner = [*tmp_path.glob("search/confirmations/*"), *tmp_path.glob("population/baselines/*")]
     assert len(inner) == 4
     for run in inner:
         assert _recorded(run) == OWN.as_recorded("cpu")
+        with Record(run / "run.db", readonly=True) as record:
+            assert record.of_kind("run")[0].body["costs"]["memory"] > 10
 
 
 # -- measuring it --------------------------------------------------------------------------------------

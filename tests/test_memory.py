@@ -34,19 +34,20 @@ def test_what_a_function_computes_is_counted_once() -> None:
     assert computed_bytes(lambda: given[:10]) == 0
 
 
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gru", "autoencoder"])
-def test_a_few_rows_tell_what_a_whole_batch_takes(name: str) -> None:
+def test_a_few_rows_tell_what_a_whole_batch_takes(name: str, parts: int) -> None:
     task = _task(name)
     cpu = torch.device("cpu")
     data = task.data().to(cpu, torch.float32)
     trainer = FusedTrainer(task, data, device=cpu, dtype=torch.float32, seed=0, epochs=1)
-    hparams = [_hparams(task, name, lr=lr, batch_size=16) for lr in (0.1, 0.01)]
+    hparams = [_hparams(task, name, lr=lr, batch_size=30, accumulation_steps=parts) for lr in (0.1, 0.01)]
     population = trainer.init([0, 1], hparams)
     before = {n: t.clone() for n, t in population.params.items()}
 
     stack = Stack(trainer, population.copy(), [0, 1])
     stack.begin_epoch(0, 1)
-    step = computed_bytes(lambda: stack.step(data.train.slice(0, 16), 0))
+    step = computed_bytes(lambda: stack.step(data.train.slice(0, 30), 0))
     valid = Rows(data.valid.slice(0, min(len(data.valid), base.EVALUATION_BATCH)))
     evaluation = computed_bytes(lambda: stack.evaluate(valid))
     state = sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
@@ -96,7 +97,7 @@ def _chunks(path: Path) -> list[list[int]]:
 
 def _memory(path: Path) -> int:
     with Record(path / "run.db", readonly=True) as record:
-        found: int = record.of_kind("run")[0].body["memory"]
+        found: int = record.of_kind("run")[0].body["costs"]["memory"]
     return found
 
 
@@ -127,7 +128,9 @@ def test_a_run_keeps_to_the_memory_that_it_began_with(
     assert _chunks(tmp_path / "divided") == [[3, 3, 3, 3]]
     assert [t["weights_sha256"] for t in divided["trials"]] == [t["weights_sha256"] for t in whole["trials"]]
 
-    monkeypatch.setattr(limits, "free_bytes", lambda: None)  # the run goes on with what it began with
+    # The run goes on with the memory that it began with, and with what it has measured.
+    monkeypatch.setattr(limits, "free_bytes", lambda: None)
+    monkeypatch.setattr(FusedTrainer, "bytes_a_member", lambda self, population, few: 1)
     run_quick(tmp_path / "divided", *settings, "search.trials=24", reopen_holdout=True)
     assert _chunks(tmp_path / "divided") == [[3] * 4] * 2
 
@@ -149,6 +152,9 @@ def test_what_cannot_be_measured(
         path = tmp_path / str(len(list(tmp_path.iterdir())))
         run_quick(path, *settings)
         assert _chunks(path) == [chunks]
+        if chunks == [1] * 4:
+            run_quick(tmp_path / f"{path.name} of 0", *settings, "trainer.memory=0")
+            assert _chunks(tmp_path / f"{path.name} of 0") == [chunks]
 
 
 def test_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

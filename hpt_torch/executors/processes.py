@@ -46,14 +46,29 @@ def supported() -> bool:
 def can_train() -> bool:
     """Whether a fork of this process can train: not where autograd has threads for devices, which is so once
     a process has trained on a machine with CUDA, or with torch.compile."""
+
+    def train() -> bool:
+        torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+        return True
+
+    return _in_fork(train)
+
+
+def can_use_cuda() -> bool:
+    """Whether a fork of this process can use CUDA: not once the process has, were it to count the devices."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return _in_fork(lambda: not torch.cuda._is_in_bad_fork())
+
+
+def _in_fork(holds: Callable[[], bool]) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
-            status = 0
+            status = 0 if holds() else 1
         finally:
             os._exit(status)
     return os.waitpid(pid, 0)[1] == 0

@@ -43,6 +43,7 @@ def schedule_recipe(recipe: Mapping[str, Any], summary: Summary) -> dict[str, An
         if new:
             changes.append({"after": stretch.after, **{name: thaw(value) for name, value in new.items()}})
     raw = {name: copy.deepcopy(section) for name, section in recipe.items() if name != "search"}
+    raw["trainer"] = {n: value for n, value in raw.get("trainer", {}).items() if n != "devices"}  # one trial
     return raw | {
         "name": f"{recipe['name'][:55]}-schedule",
         "hparams": {**raw["hparams"], **{name: thaw(value) for name, value in first.hparams.items()}},

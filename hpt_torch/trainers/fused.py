@@ -92,11 +92,17 @@ class FusedTrainer(LoopTrainer):
         """The memory that a further member like these takes: its state, that again to be saved, and all that
         a step on a whole batch, or an evaluation, computes. An upper bound where that is at most `few`.
 
-        Measured with copies of these members on two rows and on four: what is computed is linear in them.
+        Measured with copies of these members on two rows and on four (of each part of an accumulated batch):
+        what is computed is linear in them.
         """
         state = 2 * sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
-        batch = min(int(str(population.hparams[0]["batch_size"])), len(self.data.train))
+        hparams = population.hparams[0]
+        batch = min(int(str(hparams["batch_size"])), len(self.data.train))
+        parts = {"step": min(int(str(hparams["accumulation_steps"])), batch), "evaluate": 1}
         sizes = {"step": batch, "evaluate": min(len(self.data.valid), base.EVALUATION_BATCH)}
+        few_rows, more_rows = (
+            {what: min(rows * parts[what], size) for what, size in sizes.items()} for rows in (2, 4)
+        )
 
         def needed(at: Callable[[str], float]) -> int:
             return math.ceil((state + max(map(at, sizes))) / len(population))
@@ -109,12 +115,14 @@ class FusedTrainer(LoopTrainer):
                 lambda: stack.step(part, 0) if what == "step" else stack.evaluate(Rows(part))
             )
 
-        two = {what: measured(what, 2) for what in sizes}
-        bound = needed(lambda what: two[what] * max(sizes[what] / 2, 1))
-        if bound <= few or min(sizes.values()) < 4:
-            return bound
-        each = {what: (measured(what, 4) - two[what]) / 2 for what in sizes}  # bytes a row
-        return needed(lambda what: two[what] + each[what] * (sizes[what] - 2))
+        def extended(what: str) -> float:
+            rows = more_rows[what] - few_rows[what]
+            each = (measured(what, more_rows[what]) - first[what]) / rows if rows else 0  # 0: that is all
+            return first[what] + each * (sizes[what] - few_rows[what])
+
+        first = {what: measured(what, rows) for what, rows in few_rows.items()}
+        bound = needed(lambda what: first[what] * sizes[what] / few_rows[what])
+        return bound if bound <= few else needed(extended)
 
     def why_not(self, population: Population) -> str | None:
         """Why these members cannot be trained together, or None: found by mapping one step and an evaluation

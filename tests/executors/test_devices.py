@@ -35,6 +35,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def devices_of(recipe: Recipe) -> list[torch.device]:
         return [torch.device("cpu")] * len(recipe.trainer.devices or [0])
 
+    monkeypatch.setattr(processes, "can_use_cuda", lambda: not torch.cuda.is_initialized())
     monkeypatch.setattr(engines, "devices_of", devices_of)
     monkeypatch.setattr(engines, "_missing_devices", lambda recipe: ())
 
@@ -131,6 +132,32 @@ def test_without_a_spare_the_run_ends_and_the_next_command_goes_on(
         run_quick(tmp_path / "run", *settings, task=task)
     assert children() == []
     assert run_quick(tmp_path / "run", *settings, task=task) == whole
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_confirmations_of_a_run_with_a_timeout_train_on_the_first_device(
+    tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*FUSED, "final.confirm=2", "final.seeds=2")
+    whole = run_quick(tmp_path / "calm", *settings)
+    settle = engines.settle
+
+    def used(recipe: Recipe, device: torch.device) -> None:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        settle(recipe, device)
+
+    monkeypatch.setattr(engines, "settle", used)
+    more = ("executor=auto", TWO, "run.epoch_timeout=60s")
+    assert run_quick(tmp_path / "run", *settings, *more) == whole
+
+
+def test_a_fork_of_a_process_that_has_asked_the_driver_cannot_use_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for bad in (False, True):
+        monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda bad=bad: bad)
+        assert processes.can_use_cuda() is not bad
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from hpt_torch.executors import processes
 from hpt_torch.models import MLP
 from hpt_torch.record import Record
 from hpt_torch.tasks import Classification
-from hpt_torch.types import Interrupted, RunError, TrialState
+from hpt_torch.types import Interrupted, RecipeError, RunError, TrialState
 
 pytestmark = pytest.mark.skipif(not processes.supported(), reason="workers are forked, on Linux only")
 RunQuick = Callable[..., str]
@@ -286,3 +287,14 @@ def test_a_process_whose_forks_cannot_train_trains_inline(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "['COMPLETE', 'COMPLETE', 'COMPLETE']" in done.stdout
     assert "executor: processes are forked, and forks of this one cannot train" in done.stdout
+
+
+def test_several_threads_train_in_one_process(
+    tmp_path: Path, run_quick: RunQuick, digits_task: Classification
+) -> None:
+    """In a fork of a process that has used OpenMP they would wait for each other for ever."""
+    torch.set_num_threads(2)
+    torch.rand(2000, 2000).sum().item()
+    run_quick(tmp_path / "run", *FUSED, "executor=auto", "trainer.threads=2")
+    with pytest.raises(RecipeError, match=r"trainer.threads: must be 1 .* got 2; leave it out, or set"):
+        run_quick(tmp_path / "no", *FUSED, "executor=processes", "trainer.threads=2")

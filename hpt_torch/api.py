@@ -90,13 +90,13 @@ def tune(
     wrong = {
         name: value for name, value in {"space": space, **given}.items() if not isinstance(value, Mapping)
     }
-    own = sorted({"epochs", "device", "engine"}.intersection(trainer or ()))
-    if own and not wrong:
-        problems = [Problem(f"trainer.{n}", f"is an argument of its own: tune(…, {n}=…)") for n in own]
-        raise RecipeError("tune()", problems)
     if wrong:
         rule = "must be a mapping of names to values, got"
         raise RecipeError("tune()", [Problem(name, f"{rule} {value!r}") for name, value in wrong.items()])
+    own = sorted({"epochs", "device", "engine"}.intersection(trainer or ()))
+    if own:
+        problems = [Problem(f"trainer.{n}", f"is an argument of its own: tune(…, {n}=…)") for n in own]
+        raise RecipeError("tune()", problems)
     raw: dict[str, Any] = {
         "seed": seed,
         "task": {"kind": "python", "model": task.name, "data": "python"},

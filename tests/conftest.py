@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,24 @@ def run_quick(digits_task: tasks.Task) -> Callable[..., str]:
 def canonical_of(path: Path) -> str:
     with Record(path / "run.db", readonly=True) as record:
         return canonical(summarise(record))
+
+
+class Ear:
+    """An observer that keeps what the run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def started(self, tuner: Any) -> None: ...
+    def recorded(self, tuner: Any, events: Any) -> None: ...
+    def ended(self, tuner: Any) -> None: ...
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+class Impatient(Ear):
+    """Asks for a stop once something is trained."""
+
+    def recorded(self, tuner: Any, events: Any) -> None:
+        if not tuner.stopped and any(event.kind == "report" for event in events):
+            os.kill(os.getpid(), signal.SIGTERM)

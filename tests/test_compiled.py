@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, Impatient
 from test_trainers_fused import (
     CASES,
     CPU,
@@ -363,14 +362,6 @@ def test_a_run_that_was_planned_with_a_compiler_is_not_continued_without_one(
     costs = Costs(ratios={}, pays_after={"cpu": {"dense": {2: 70.0}}}).as_recorded("cpu")
     more: dict[str, Any] = {"raw": _raw("auto", epochs=20), "task": linear, "costs": costs}
     whole = run_quick(tmp_path / "whole", **more)
-
-    class Impatient:
-        def started(self, tuner: Any) -> None: ...
-        def ended(self, tuner: Any) -> None: ...
-        def say(self, line: str) -> None: ...
-        def recorded(self, tuner: Any, events: Any) -> None:
-            if not tuner.stopped and any(event.kind == "report" for event in events):
-                os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         run_quick(tmp_path / "run", **more, observers=[Impatient()])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, Ear
 from hypothesis import given
 from hypothesis import strategies as st
 from test_resume import PowerSwitch
@@ -164,23 +164,16 @@ class _Branches(nn.Module):
 def test_a_module_that_cannot_be_mapped_trains_in_the_loop_and_the_log_says_why(
     tmp_path: Path, run_quick: Callable[..., str], digits_task: Classification
 ) -> None:
-    said: list[str] = []
-
-    class Ear:
-        def started(self, tuner: object) -> None: ...
-        def recorded(self, tuner: object, events: object) -> None: ...
-        def ended(self, tuner: object) -> None: ...
-        def say(self, line: str) -> None:
-            said.append(line)
+    ear = Ear()
 
     raw = {**QUICK, "hparams": {}, "space": {"lr": {"float": [0.01, 0.1]}}}
     task = Classification(_Branches, digits_task.data())
-    run_quick(tmp_path / "run", "trainer.engine=fused", raw=raw, task=task, observers=[Ear()])
+    run_quick(tmp_path / "run", "trainer.engine=fused", raw=raw, task=task, observers=[ear])
     with Record(tmp_path / "run" / "run.db", readonly=True) as record:
         assert {trial.state for trial in record.trials.values()} == {TrialState.COMPLETE}
         assert {c["engine"] for plan in record.of_kind("plan") for c in plan.body["chunks"]} == {"loop"}
-    assert len(said) == 1
-    assert "engine loop: one by one (cannot be mapped over members: " in said[0]
+    assert len(ear.said) == 1
+    assert "engine loop: one by one (cannot be mapped over members: " in ear.said[0]
 
 
 def test_fused_and_loop_find_the_same(tmp_path: Path, run_quick: Callable[..., str]) -> None:

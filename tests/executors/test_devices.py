@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Ear, Impatient
 from executors.test_processes import _Killer, children
 from torch import Tensor, nn
 
@@ -79,14 +79,6 @@ def test_devices_change_nothing(
 def test_a_run_goes_on_with_other_devices(tmp_path: Path, run_quick: RunQuick) -> None:
     settings = (*FUSED, "trainer.epochs=30", "run.checkpoint_every_seconds=0")
     whole = run_quick(tmp_path / "whole", *settings)
-
-    class Impatient:
-        def started(self, tuner: Any) -> None: ...
-        def ended(self, tuner: Any) -> None: ...
-        def say(self, line: str) -> None: ...
-        def recorded(self, tuner: Any, events: Any) -> None:
-            if not tuner.stopped and any(event.kind == "report" for event in events):
-                os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         run_quick(tmp_path / "run", *settings, TWO, "executor=auto", observers=[Impatient()])
@@ -167,17 +159,10 @@ def test_a_process_that_has_used_cuda_trains_by_itself_and_says_so(
     whole = run_quick(tmp_path / "calm", *FUSED)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(processes.ProcessExecutor, "_fork", _limited(lambda self: None, 0))
-    said: list[str] = []
+    ear = Ear()
 
-    class Ear:
-        def started(self, tuner: object) -> None: ...
-        def recorded(self, tuner: object, events: object) -> None: ...
-        def ended(self, tuner: object) -> None: ...
-        def say(self, line: str) -> None:
-            said.append(line)
-
-    assert run_quick(tmp_path / "run", *FUSED, TWO, "executor=auto", observers=[Ear()]) == whole
-    assert any("all trains on cpu: workers of other devices" in line for line in said)
+    assert run_quick(tmp_path / "run", *FUSED, TWO, "executor=auto", observers=[ear]) == whole
+    assert any("all trains on cpu: workers of other devices" in line for line in ear.said)
 
 
 @pytest.mark.parametrize(

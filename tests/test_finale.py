@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import canonical_of
+from conftest import Ear, canonical_of
 from test_race import RACE
 
 from hpt_torch.record import Record
@@ -19,18 +19,6 @@ RunQuick = Callable[..., str]
 
 class _Power(Exception):
     """The power went off."""
-
-
-class _Ear:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def started(self, tuner: object) -> None: ...
-    def recorded(self, tuner: object, events: object) -> None: ...
-    def ended(self, tuner: object) -> None: ...
-
-    def say(self, line: str) -> None:
-        self.said.append(line)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -75,7 +63,7 @@ def test_a_damaged_file_of_weights_is_made_again(
             file.unlink()
         else:
             file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    ear = _Ear()
+    ear = Ear()
     assert run_quick(path, *settings, **given, observers=[ear]) == expected
     needed = [file for file in files if any(f"{file.name} " in line for line in ear.said)]
     assert needed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, canonical_of
+from conftest import ROOT, Ear, canonical_of
 
 from hpt_torch import checkpoint, recipe, rundir, session
 from hpt_torch.record import Record
@@ -217,25 +217,9 @@ def test_a_damaged_state_file_falls_back_to_the_one_before(
         else:
             for file in (path / "checkpoints").iterdir() if harm == "remove both" else states[-1:]:
                 file.unlink()
-        said: list[str] = []
-        assert run_quick(path, *settings, observers=[_Ear(said)]) == expected
-        assert any("going back to the state before it" in line for line in said)
-
-
-class _Ear:
-    """An observer that only listens."""
-
-    def __init__(self, said: list[str]) -> None:
-        self.said = said
-
-    def started(self, tuner: object) -> None: ...
-
-    def recorded(self, tuner: object, events: object) -> None: ...
-
-    def ended(self, tuner: object) -> None: ...
-
-    def say(self, line: str) -> None:
-        self.said.append(line)
+        ear = Ear()
+        assert run_quick(path, *settings, observers=[ear]) == expected
+        assert any("going back to the state before it" in line for line in ear.said)
 
 
 def test_training_that_does_not_repeat_is_an_error_not_a_silent_mix(

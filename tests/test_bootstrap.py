@@ -51,6 +51,7 @@ def test_a_mean_has_the_interval_of_the_normal_distribution(count: int) -> None:
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
 
 
+@pytest.mark.slow
 def test_accuracy_and_auc() -> None:
     """Accuracy near Wilson's interval; ROC-AUC, which is no sum, near that of resampled rows."""
     draw, count = generator(0, "test"), 600

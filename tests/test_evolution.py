@@ -48,6 +48,7 @@ def exploits_of(path: Path) -> list[dict[str, Any]]:
         return [copy for event in record.of_kind("generation") for copy in event.body["exploits"]]
 
 
+@pytest.mark.slow
 def test_every_generation_is_decided_once_and_lineages_lead_to_the_start(
     tmp_path: Path, run_quick: RunQuick
 ) -> None:

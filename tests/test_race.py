@@ -34,6 +34,7 @@ RACE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_trials_stop_at_rungs_and_what_goes_on_is_as_it_would_be_alone(
     tmp_path: Path, run_quick: RunQuick
 ) -> None:
@@ -114,6 +115,7 @@ def test_power_cuts(
         assert len([*(path / "checkpoints").glob("best-*")]) == 1
 
 
+@pytest.mark.slow
 def test_a_decision_is_made_once(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def test_a_group_that_falls_apart_races_on(tmp_path: Path, run_quick: RunQuick, 
     assert {trial["state"] for trial in got["trials"]} == {"FAILED", "PRUNED", "COMPLETE"}
 
 
+@pytest.mark.slow
 def test_early_stopping_inside_a_trial_goes_together_with_it(tmp_path: Path, run_quick: RunQuick) -> None:
     settings = ("trainer.patience=1", "trainer.epochs=9", "lr=0.1")
     got = json.loads(run_quick(tmp_path / "run", *settings, raw=RACE))

@@ -548,6 +548,7 @@ fuzz = settings(
 )
 
 
+@pytest.mark.slow
 @given(raw=likely_recipe | st.dictionaries(st.text(max_size=4), anything, max_size=3))
 @fuzz
 def test_no_data_crashes(raw: dict[str, Any]) -> None:
@@ -557,6 +558,7 @@ def test_no_data_crashes(raw: dict[str, Any]) -> None:
             assert again(recipe).to_toml() == recipe.to_toml()
 
 
+@pytest.mark.slow
 @given(
     space=st.dictionaries(likely_names, likely_dimension, min_size=1, max_size=2),
     sampler=st.sampled_from(["grid", "tpe"]),
@@ -574,6 +576,7 @@ def test_no_override_crashes(overrides: list[str]) -> None:
         build(tomllib.loads(FULL), overrides, source="test")
 
 
+@pytest.mark.slow
 @given(
     content=st.binary(max_size=60)
     | st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass"))

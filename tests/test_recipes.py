@@ -18,6 +18,7 @@ from hpt_torch.record import Record
 from hpt_torch.types import TaskError, TrialState
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+LONG = {"adding_rnn_clip", "breast_cancer_mlp_folds", "text_rnn"}
 FIXTURE = ROOT / "tests" / "fixtures" / "fashion_mnist_250.npz"
 
 
@@ -87,7 +88,11 @@ def test_recipe_is_valid_and_says_how_to_run_it_and_what_it_gave(path: Path) -> 
 
 
 @pytest.mark.usefixtures("_small_data")
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_recipe_runs_shortened(path: Path, tmp_path: Path) -> None:
     checked = _load(path, "search.trials=2", "trainer.epochs=1", "trainer.device=cpu")
     session.run(checked, tmp_path / "run")

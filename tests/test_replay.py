@@ -52,6 +52,7 @@ def test_the_exported_schedule_gives_the_winners_weights_bit_for_bit(
     assert twin.hparams == {name: result.hparams()[name] for name in twin.hparams}
 
 
+@pytest.mark.slow
 def test_replays_differ_in_their_seeds_and_share_the_split(tmp_path: Path, digits_task: Task) -> None:
     result = _run(LOOP, digits_task, tmp_path / "run")
     before = canonical_of(tmp_path / "run")
@@ -141,6 +142,7 @@ def test_baselines_are_ordinary_runs_at_equal_compute(tmp_path: Path, digits_tas
     assert "At equal compute" not in (tmp_path / "alone/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_baselines_can_be_asked_for_later(tmp_path: Path, digits_task: Task) -> None:
     _run(LOOP, digits_task, tmp_path / "run")
     before = canonical_of(tmp_path / "run")

@@ -194,6 +194,7 @@ def test_killed_processes(tmp_path: Path, sampler: str) -> None:
     assert not [p for p in path.rglob("*.tmp")]
 
 
+@pytest.mark.slow
 def test_a_damaged_state_file_falls_back_to_the_one_before(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
 ) -> None:

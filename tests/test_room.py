@@ -29,6 +29,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_over_the_limit_only_the_newest_state_is_kept(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
 ) -> None:

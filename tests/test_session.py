@@ -54,6 +54,7 @@ def test_logging_and_name_may_differ(tmp_path: Path, run_quick: RunQuick) -> Non
     assert run_quick(tmp_path / "run", "name=other", "run.checkpoint_every_seconds=7") == first
 
 
+@pytest.mark.slow
 def test_one_writer_at_a_time(tmp_path: Path, run_quick: RunQuick) -> None:
     """The lock of a living process holds and names it; that of a killed one does not."""
     path = tmp_path / "run"
@@ -212,6 +213,7 @@ class _Slow(Classification):
         return super().loss(model, batch, hparams)
 
 
+@pytest.mark.slow
 def test_a_used_up_timeout_pauses_and_a_larger_one_goes_on(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification
 ) -> None:

@@ -114,6 +114,7 @@ def _in_the_start(number: int) -> None:
     recipe.load = interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), ALL)
 def test_a_signal_during_the_start(tmp_path: Path, recipe: Path, number: signal.Signals, code: int) -> None:
     run = Hpt(*started(recipe, tmp_path / "run"), prepare=partial(_in_the_start, number))

@@ -141,6 +141,7 @@ def test_power_cuts_while_a_run_is_steered(
 # -- stop ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("engine", ["loop", "fused"])
 def test_a_stopped_trial_leaves_and_the_others_do_not_notice(
@@ -184,6 +185,7 @@ def test_a_stop_in_a_race_and_with_folds(tmp_path: Path, run_quick: RunQuick) ->
         assert any(trial.state is TrialState.COMPLETE for trial in trials)
 
 
+@pytest.mark.slow
 def test_more_time_for_a_run_whose_time_is_used_up(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification
 ) -> None:
@@ -245,6 +247,7 @@ def test_a_request_that_is_none_is_put_away(tmp_path: Path, run_quick: RunQuick)
 # -- the command line ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path, run_quick: RunQuick, digits_task: Classification) -> None:
     path = tmp_path / "run"
     said: dict[str, tuple[int, str]] = {}

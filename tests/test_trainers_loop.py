@@ -122,6 +122,7 @@ def test_company_and_position_change_no_bit() -> None:
     assert _state(backwards, 1) == _state(together, 0)
 
 
+@pytest.mark.slow
 def test_stopped_after_any_step_and_continued_is_bit_equal() -> None:
     """49 stops in 7 epochs of 5 steps and 2 members; the state goes through `state` and `restore`."""
     task = _mlp_task()

@@ -764,6 +764,7 @@ ALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given", [{}, {"optimizer": "sgd", "nesterov": True, "l1": 1e-3, "head": ("layers.5.*",)}]
 )

@@ -52,6 +52,7 @@ class _Places(Classification):
         return super().loss(model, batch, hparams)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     "settings",
@@ -77,7 +78,7 @@ def test_devices_change_nothing(
 
 @pytest.mark.usefixtures("on_cpu")
 def test_a_run_goes_on_with_other_devices(tmp_path: Path, run_quick: RunQuick) -> None:
-    settings = (*FUSED, "trainer.epochs=30", "run.checkpoint_every_seconds=0")
+    settings = (*FUSED, "trainer.epochs=6")
     whole = run_quick(tmp_path / "whole", *settings)
 
     with pytest.raises(Interrupted):
@@ -85,6 +86,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path: Path, run_quick: RunQuick) -
     assert run_quick(tmp_path / "run", *settings, "trainer.devices=[3]", "executor=auto") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 def test_a_worker_that_dies_is_replaced_by_a_spare_at_its_place(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +128,7 @@ def test_without_a_spare_the_run_ends_and_the_next_command_goes_on(
     assert run_quick(tmp_path / "run", *settings, task=task) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 def test_confirmations_of_a_run_with_a_timeout_train_on_the_first_device(
     tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch

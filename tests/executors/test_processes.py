@@ -35,6 +35,7 @@ def children(thread: int | None = None) -> list[int]:
     return [int(pid) for pid in Path(mine).read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["loop", "fused"])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, run_quick: RunQuick, engine: str) -> None:
     settings = (*FUSED, f"trainer.engine={engine}")
@@ -76,6 +77,7 @@ def test_a_worker_that_is_killed_is_replaced(
     assert task.once.exists()
 
 
+@pytest.mark.slow
 def test_a_trial_that_kills_its_workers_ends_alone(
     tmp_path: Path, run_quick: RunQuick, digits_task: Classification
 ) -> None:

@@ -79,6 +79,7 @@ def test_what_it_counts_is_what_was_recorded(tmp_path: Path, run_quick: RunQuick
     _agrees(again.standing, tmp_path / "run")  # a continued run begins with what was there
 
 
+@pytest.mark.slow
 def test_a_population_is_counted_and_leads_before_it_ends(tmp_path: Path, run_quick: RunQuick) -> None:
     from test_evolution import POPULATION
 

@@ -122,6 +122,7 @@ def check_answer(
         assert answer == []
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(data=st.data(), scheduler=schedulers, objective=st.sampled_from([HIGH, LOW]), seed=seeds)
 def test_every_answer_conforms(data: Any, scheduler: PBT, objective: Objective, seed: int) -> None:
@@ -134,6 +135,7 @@ def test_every_answer_conforms(data: Any, scheduler: PBT, objective: Objective, 
     assert scheduler.decide(shuffled, **options) == answer
 
 
+@pytest.mark.slow
 @each_rule
 def test_500_random_populations_copy_only_states_that_exist(rule: str) -> None:
     """Five generations each, in which members are lost and replaced: every lineage leads to a beginning."""

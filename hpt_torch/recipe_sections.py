@@ -16,6 +16,7 @@ from hpt_torch.types import SplitterName, is_number
 
 SchedulerName = Literal["fifo", "pbt", "schedule", HalvingName, PruningName]
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|d)")
+SIZE = re.compile(r"[0-9]+(?:\.[0-9]+)?\s*(?:[kKmMgGtT]i?)?[bB]")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _NUMBERS = {"type": "array", "minItems": 2, "maxItems": 2}
@@ -68,6 +69,21 @@ Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
     WithJsonSchema({"type": ["string", "number"], "pattern": f"^{DURATION.pattern}$"}),
+]
+
+
+def _is_size(raw: Any) -> Any:
+    """Pydantic's own rule also reads the start of a text, bits, and true as a byte."""
+    if not (SIZE.fullmatch(raw) if isinstance(raw, str) else type(raw) is int and raw >= 0):
+        raise ValueError(f'must be a size such as "500MB" or "4GiB", got {raw!r:.80}')
+    return raw
+
+
+Size = Annotated[
+    ByteSize,
+    Field(ge=1),
+    BeforeValidator(_is_size),
+    WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{SIZE.pattern}$", "minimum": 1}),
 ]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
@@ -251,7 +267,7 @@ class TrainerSection(Section):
         strict=True,
         description="CPU threads; recorded, kept on resume; more than 1 train in one process",
     )
-    memory: ByteSize | None = Field(
+    memory: Size | None = Field(
         default=None,
         description='"4GB": trials that train together may take so much; unless given: 80 % of what is free '
         "when the run begins, on the CPU shared among its cores; recorded, kept on resume",
@@ -327,7 +343,7 @@ class RunSection(Section):
         'compile their step) is stopped, and the trial that did it fails: "90s", "30m"; a trial near it may '
         "not repeat",
     )
-    max_disk: ByteSize | None = Field(
+    max_disk: Size | None = Field(
         default=None,
         description='"2GB": beyond it TensorBoard is no longer written, and of states of training only the '
         "newest is kept",

@@ -153,7 +153,7 @@ def test_what_cannot_be_measured(
         run_quick(path, *settings)
         assert _chunks(path) == [chunks]
         if chunks == [1] * 4:
-            run_quick(tmp_path / f"{path.name} of 0", *settings, "trainer.memory=0")
+            run_quick(tmp_path / f"{path.name} of 0", *settings, "trainer.memory=1B")
             assert _chunks(tmp_path / f"{path.name} of 0") == [chunks]
 
 

@@ -128,6 +128,19 @@ DURATIONS = [
     ('[search]\ntimeout = "100000d"', "search.timeout", "11,000 days"),
     (f"[search]\ntimeout = {HUGE}", "search.timeout", '"90s", "30m" or "2h", got 1000'),
 ]
+SIZES = [
+    (f"[trainer]\nmemory = {value}", "trainer.memory", rule)
+    for value, rule in [
+        ("true", "must be a size such as"),
+        ("1.5", "must be a size such as"),
+        ('"4GB."', "must be a size such as"),
+        ('"4e9"', "must be a size such as"),
+        ('"8Gbit"', "must be a size such as"),
+        ("0", "greater than or equal to 1"),
+        ('"0.1B"', "greater than or equal to 1"),
+        ("-3", "must be a size such as"),
+    ]
+]
 DEVICES = [
     ('[trainer]\ndevice = "gpu"', "trainer.device", "auto, cpu, cuda, cuda:N or mps"),
     ('[trainer]\ndevice = "cuda:x"', "trainer.device", "auto, cpu, cuda, cuda:N or mps"),
@@ -345,6 +358,7 @@ TABLE = [
     *WRONG_VALUES,
     *LAX_TYPES,
     *DURATIONS,
+    *SIZES,
     *DEVICES,
     *((SPACE + text, f"space.{text.split(' ')[0]}", piece) for text, piece in DIMENSIONS),
     *((SPACE + text, field, piece) for text, field, piece in CONDITIONS),

@@ -8,6 +8,7 @@ one tensor, with every hyperparameter a tensor or float: the reference, and the 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,6 @@ def update(
     return new, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
-@torch.no_grad()
 def step_(
     name: str,
     params: Sequence[Tensor],
@@ -80,7 +80,8 @@ def step_(
     step: int,
     h: Mapping[str, Any],
 ) -> None:
-    """One optimizer step for all tensors of one member, in place. h: Python floats (and `nesterov`)."""
+    """One optimizer step for all tensors of one member, in place; under `torch.no_grad`. h: Python floats
+    (and `nesterov`)."""
     if not params:
         return
     kernel = _fused_kernel(name, params[0].device)
@@ -98,17 +99,23 @@ def step_(
                 slots[key][i].copy_(value)
     elif name == "sgd":
         kernel(
-            list(params), list(grads), list(slots["momentum_buffer"]),
+            params, grads, slots["momentum_buffer"],
             weight_decay=h["weight_decay"], momentum=h["momentum"], lr=h["lr"], dampening=0.0,
             nesterov=h["nesterov"], maximize=False, is_first_step=False,
         )  # fmt: skip
     else:
-        count = torch.full((), float(step), device=params[0].device)
+        counts = [_count(step, params[0].device)] * len(params)
         kernel(
-            list(params), list(grads), list(slots["exp_avg"]), list(slots["exp_avg_sq"]), [],
-            [count] * len(params), lr=h["lr"], beta1=h["beta1"], beta2=h["beta2"],
+            params, grads, slots["exp_avg"], slots["exp_avg_sq"], [], counts,
+            lr=h["lr"], beta1=h["beta1"], beta2=h["beta2"],
             weight_decay=h["weight_decay"], eps=h["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4)
+def _count(step: int, device: torch.device) -> Tensor:
+    """The number of this step as the kernels read it: one tensor for all members, who make it together."""
+    return torch.full((), float(step), device=device)
 
 
 def _laid_out_apart(params: Sequence[Tensor], slots: Mapping[str, Sequence[Tensor]]) -> bool:
@@ -127,6 +134,7 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(other).copy_(tensor)
 
 
+@functools.lru_cache
 def _fused_kernel(name: str, device: torch.device) -> Any:
     """torch's in-place kernel over lists of tensors; private, so it may be missing."""
     if device.type not in ("cpu", "cuda"):

@@ -125,12 +125,12 @@ class Member:
         elif base.norm_is_measured(index, self.batches):
             self.sums["grad_norm"] += optim.norm_of(grads)
         lr = self.h["lr"] * lr_factor
-        for group, slots, h in zip(self.groups, self.group_slots, self.group_h, strict=True):
-            h["lr"] = lr * self.h["head_lr_factor"] if group.head else lr
-            members = [self.params[i] for i in group.indices]
-            optim.step_(self.optimizer, members, [grads[i] for i in group.indices], slots, self.steps, h)
-        if self.averaged:
-            with torch.no_grad():
+        with torch.no_grad():
+            for group, slots, h in zip(self.groups, self.group_slots, self.group_h, strict=True):
+                h["lr"] = lr * self.h["head_lr_factor"] if group.head else lr
+                members = [self.params[i] for i in group.indices]
+                optim.step_(self.optimizer, members, [grads[i] for i in group.indices], slots, self.steps, h)
+            if self.averaged:
                 torch._foreach_lerp_(self.averaged, list(self.learned.values()), 1 - self.h["ema_decay"])
         self.sums["loss"] += loss
 

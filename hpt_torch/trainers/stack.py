@@ -73,6 +73,7 @@ class Stack:
         self.optimizer = str(self.static["optimizer"])
         self.names = list(self.params)
         self.module = _Mapped(trainer.task, trainer.module(self.hparams[0], population.trials[self.rows[0]]))
+        self.watched = trainer.task, *self.module.modules()
         self._read_hparams()
 
     def _rows(self) -> list[int]:
@@ -172,10 +173,12 @@ class Stack:
         self._clip(grads, base.norm_is_measured(index, self.batches))
         self.steps = [steps + 1 for steps in self.steps]
         rows = {name: grads[name].unbind(0) for name in self.names}
-        for update in self._updates:
-            update.h["lr"] = update.lr_S[index]
-            mine = [rows[name][row] for name, row in update.places]
-            optim.step_(self.optimizer, update.params, mine, update.slots, self.steps[update.row], update.h)
+        with torch.no_grad():  # once for all: it costs a small member as much as its arithmetic
+            for update in self._updates:
+                update.h["lr"] = update.lr_S[index]
+                mine = [rows[name][row] for name, row in update.places]
+                step = self.steps[update.row]
+                optim.step_(self.optimizer, update.params, mine, update.slots, step, update.h)
         self._average()
         self.sums["loss"] += losses_P
 
@@ -210,8 +213,7 @@ class Stack:
 
     def _program(self, what: str, batch: Mapping[str, Tensor]) -> Callable[..., Any]:
         key = what, self.program_key, shapes(batch)
-        watched = self.trainer.task, *self.module.modules()
-        return self.trainer.programs.get(key, self.steps_left, watched=watched)
+        return self.trainer.programs.get(key, self.steps_left, watched=self.watched)
 
     def mapped(
         self,

@@ -192,3 +192,97 @@ def test_the_program_and_the_function_agree_on_what_they_write() -> None:
         assert torch.equal(program(function, x, buffers, x + step), function(x, plain, x + step))
         assert torch.equal(buffers["mean"], plain["mean"])
     assert program.traced
+
+
+def _same_at_every_call(function: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that the program of a function ``(x (3, 4), buffers, h (3,))`` runs, once it has given
+    what the function gives for other tensors."""
+    written: list[str] = []
+    kept = traced._written_out
+
+    def listen(calls: Any, *rest: Any) -> Any:
+        written.extend(call.op.__name__ for call in calls)
+        return kept(calls, *rest)
+
+    monkeypatch.setattr(traced, "_written_out", listen)
+    h = torch.rand(3)
+    run, _ = trace(function, torch.randn(3, 4), {"sum": torch.zeros(4)}, h, steady=[h])
+    for seed in range(3):
+        x, there, here = torch.randn(3, 4), torch.zeros(4), torch.zeros(4)
+        torch.manual_seed(seed)
+        expected = function(x, {"sum": there}, h)
+        torch.manual_seed(seed)
+        assert torch.equal(run(x, {"sum": here}, h), expected)
+        assert torch.equal(here, there)
+    return written
+
+
+def test_what_is_computed_alike_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(x: Tensor, buffers: dict[str, Tensor], h: Tensor) -> Tensor:
+        return x.exp().mean(0) + x.exp().mean(0) * h.sum()
+
+    names = _same_at_every_call(function, monkeypatch)
+    assert names.count("exp.default") == names.count("mean.dim") == 1
+
+
+def test_what_only_looks_alike_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(x: Tensor, buffers: dict[str, Tensor], h: Tensor) -> Tensor:
+        before = buffers["sum"].exp()
+        buffers["sum"].add_(x.sum(0))
+        written = buffers["sum"].exp()  # of what was written into meanwhile
+        whole = torch.ones(4, dtype=torch.int64) + x.argmax(0)
+        numbers = whole.mul(2) + whole.mul(2.0)  # an integer, and a float
+        drawn = torch.rand_like(x)[0] + torch.rand_like(x)[0]
+        left, right = x.abs(), x.abs()
+        left.mul_(2)
+        return before + 3 * written + numbers + drawn + left[0] + right[1]
+
+    names = _same_at_every_call(function, monkeypatch)
+    for name, count in (("exp.default", 2), ("mul.Tensor", 3), ("rand_like.default", 2), ("abs.default", 2)):
+        assert names.count(name) == count, name
+
+
+def test_what_depends_on_steady_tensors_alone_is_computed_when_they_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def function(x: Tensor, buffers: dict[str, Tensor], h: Tensor) -> Tensor:
+        return x * h.exp().view(3, 1)
+
+    done: list[int] = []
+    kept = traced._written_out
+
+    def counted(calls: Any, *rest: Any) -> Any:
+        run = kept(calls, *rest)
+        computes = [call.op.__name__ for call in calls].count("exp.default")
+        return lambda *arguments: done.extend([1] * computes) or run(*arguments)
+
+    monkeypatch.setattr(traced, "_written_out", counted)
+    h = torch.rand(3)
+    run, _ = trace(function, torch.ones(3, 4), {}, h, steady=[h])
+
+    def right(h: Tensor, times: int) -> bool:
+        x = torch.randn(3, 4)
+        return torch.equal(run(x, {}, h), function(x, {}, h)) and len(done) == times
+
+    assert right(h, 1)
+    assert right(h, 1)
+    h.add_(1)  # into the same tensor
+    assert right(h, 2)
+    other = h.clone()  # of the same version, in its place
+    other.mul_(2)
+    assert right(other, 3)
+    assert right(other, 3)
+
+
+def test_a_steady_tensor_that_the_function_writes_into_is_not_taken_for_steady() -> None:
+    def function(x: Tensor, buffers: dict[str, Tensor], h: Tensor) -> Tensor:
+        value = h.exp()
+        h.mul_(0.5)
+        return x * (value + h.exp()).sum()
+
+    h, plain, x = torch.ones(3), torch.ones(3), torch.ones(4)
+    run, returned = trace(function, x, {}, h, steady=[h])
+    assert torch.equal(returned, function(x, {}, plain))
+    for _ in range(3):
+        assert torch.equal(run(x, {}, h), function(x, {}, plain))
+        assert torch.equal(h, plain)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_unflatten
 
-from hpt_torch.trainers.traced import STATISTICS, Flat, flat, record
+from hpt_torch.trainers.operations import STATISTICS
+from hpt_torch.trainers.traced import Flat, flat, record
 
 _aten = torch.ops.aten
 # Batch norm that says that it writes into the running statistics: what does not say so (`STATISTICS`) may

@@ -54,6 +54,7 @@ class Member:
         self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
         fixed = {n: t for n, t in {**self.buffers, **self.h_tensors}.items() if _leaf(n) in trainer.dynamic}
         self.constants = list(fixed.values())
+        self.steady = [*self.constants, *(t for n, t in self.h_tensors.items() if n != "noise_key")]
         self.watched = [trainer.task, *self.model.modules()]
 
     def _read_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -161,7 +162,11 @@ class Member:
     def _differentiate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of these rows."""
         run = self.trainer.module_programs.get(
-            ("step", shapes(batch)), self.steps_left, constants=self.constants, watched=self.watched
+            ("step", shapes(batch)),
+            self.steps_left,
+            constants=self.constants,
+            watched=self.watched,
+            steady=self.steady,
         )
         loss, grads = run(self._plain, self.learned, self.buffers, self.h_tensors, batch)
         return loss, list(grads)

@@ -33,15 +33,16 @@ class Programs:
         *,
         constants: Iterable[Tensor] = (),
         watched: Iterable[object] = (),
+        steady: Iterable[Tensor] = (),
     ) -> Callable[..., Any]:
         """What runs a function (the first argument) under this key: traced where that pays, to the same
-        bits. constants, watched: as `Program` has them."""
+        bits. constants, watched, steady: as `Program` has them."""
         if key not in self._kept:
             if calls_left < TRACE_FROM:
                 return _untraced
             if len(self._kept) == _MOST_PROGRAMS:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = Program(constants, watched)
+            self._kept[key] = Program(constants, watched, steady)
         return self._kept[key]
 
 
@@ -61,13 +62,19 @@ class Program:
     Code that changes what it does between calls shows there, and is never traced again.
 
     constants: tensors of which the function may read the values. watched: objects, such as a user's module,
-    in which the function must not change a number, as one that counts its calls does.
+    in which the function must not change a number, as one that counts its calls does. steady: of the first
+    call's tensors, those that are mostly the same from call to call, as hyperparameters are.
     """
 
-    def __init__(self, constants: Iterable[Tensor] = (), watched: Iterable[object] = ()) -> None:
+    def __init__(
+        self,
+        constants: Iterable[Tensor] = (),
+        watched: Iterable[object] = (),
+        steady: Iterable[Tensor] = (),
+    ) -> None:
         self._run: Callable[..., Any] | None = None
         self._calls = 0
-        self._constants, self._watched = list(constants), list(watched)
+        self._constants, self._watched, self._steady = list(constants), list(watched), list(steady)
 
     @property
     def traced(self) -> bool:
@@ -96,12 +103,15 @@ class Program:
         saved, before = _copies(buffers), plain(self._watched)
         repeat_draws = torch_bookmark(_devices(params))
         try:
-            run, outputs = trace(function, params, buffers, *rest, constants=self._constants)
+            run, outputs = trace(
+                function, params, buffers, *rest, constants=self._constants, steady=self._steady
+            )
         except (torch.OutOfMemoryError, MemoryError):  # tracing holds on to everything that is computed
             repeat_draws()
             for name, tensor in saved.items():
                 buffers[name].copy_(tensor)
             return function(params, buffers, *rest)
+        self._steady = []
         self._run = run if plain(self._watched) == before else None
         return outputs
 

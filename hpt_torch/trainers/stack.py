@@ -213,7 +213,7 @@ class Stack:
 
     def _program(self, what: str, batch: Mapping[str, Tensor]) -> Callable[..., Any]:
         key = what, self.program_key, shapes(batch)
-        return self.trainer.programs.get(key, self.steps_left, watched=self.watched)
+        return self.trainer.programs.get(key, self.steps_left, watched=self.watched, steady=self.h.values())
 
     def mapped(
         self,

@@ -95,7 +95,7 @@ def run(
     from hpt_torch.observers.progress import ProgressObserver
     from hpt_torch.observers.tensorboard import TensorBoardObserver
     from hpt_torch.report.advice import print_findings
-    from hpt_torch.report.diagnosis import diagnose, replay_scores
+    from hpt_torch.report.diagnosis import of_run
     from hpt_torch.report.terminal import print_report
     from hpt_torch.result import Result
 
@@ -120,7 +120,7 @@ def run(
         return
     console = Console()
     print_report(result.summary, console)
-    print_findings(diagnose(result.summary, replay_scores(path, result.summary)), console)
+    print_findings(of_run(path, result.summary), console)
     console.print(f"\nBest model   {path / 'best'}", highlight=False)
     console.print(f"All trials   {path / 'trials.csv'}", highlight=False)
     if checked.recipe.run.tensorboard:
@@ -197,7 +197,7 @@ def report(
     from hpt_torch.report import canonical as canonical_text
     from hpt_torch.report import summarise
     from hpt_torch.report.advice import as_markdown, print_findings
-    from hpt_torch.report.diagnosis import diagnose, replay_scores
+    from hpt_torch.report.diagnosis import of_run
     from hpt_torch.report.export import write_exports, write_page
     from hpt_torch.report.markdown import markdown
     from hpt_torch.report.summary import as_dict
@@ -216,7 +216,7 @@ def report(
         RunDir(run_dir).check_usable()  # nothing is written through a link
         write_exports(record, summary, run_dir)
         page = None if as_json else write_page(record, summary, run_dir)
-    found = diagnose(summary, replay_scores(run_dir, summary))
+    found = of_run(run_dir, summary)
     if as_json:
         findings = [dataclasses.asdict(finding) for finding in found]
         typer.echo(json.dumps({**as_dict(summary), "findings": findings}, indent=1))

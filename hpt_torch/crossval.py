@@ -6,7 +6,6 @@ folds', recorded with the last of them; a trial ends when all of its folds have.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 from hpt_torch.executors import Boundary
@@ -24,7 +23,7 @@ def fold_events(record: Record, boundary: Boundary, fold: int, new: list[Report]
 
     new: its reports that are not recorded yet.
     """
-    events = [Event(kind="fold_report", body={**dataclasses.asdict(report), "fold": fold}) for report in new]
+    events = [Event(kind="fold_report", body={**vars(report), "fold": fold}) for report in new]
     for number, (state, reason) in boundary.ended_badly.items():
         events.append(_fold_finish(number, fold, state, reason, "", 0))
     for done in boundary.finished:

@@ -22,6 +22,7 @@ from hpt_torch.trainers import base, inductor
 from hpt_torch.trainers.compiled import CompiledTrainer
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.trainers.programs import Programs
 from hpt_torch.types import Objective, Problem, RunMismatchError
 
 ENGINES: Mapping[str, type[LoopTrainer]] = {
@@ -180,6 +181,8 @@ def trainers(
     keeps_best = settings.keep == "best" or settings.patience is not None
     dtype = getattr(torch, settings.dtype)
 
+    programs = {kind: Programs() for kind in ENGINES.values()}  # folds differ in their rows alone
+
     def make(kind: type[LoopTrainer], rows: Data, probe: object, keep: Objective | None) -> LoopTrainer:
         return kind(
             task,
@@ -191,6 +194,7 @@ def trainers(
             keep=keep,
             autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
             probe=probe,  # type: ignore[arg-type]
+            programs=programs[kind],
         )
 
     keep = objective if keeps_best else None

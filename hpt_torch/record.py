@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
-import math
 import os
 import re
 import sqlite3
@@ -24,8 +22,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpt_torch import head
-from hpt_torch.space import freeze, thaw
-from hpt_torch.types import SIZES, DamageError, Phase, Report, RunError, Trial, TrialState, is_int
+from hpt_torch.bodies import decoded, encoded
+from hpt_torch.space import freeze
+from hpt_torch.types import SIZES, DamageError, Phase, Report, RunError, Trial, TrialState, changed, is_int
 
 FORMAT = 1
 _FIRST_HASH = hashlib.sha256(b"hpt_torch record 1").hexdigest()
@@ -125,7 +124,7 @@ class Record:
         """Commits the events in one transaction: all of them are durable on return, or none is."""
         rows, last, now, elapsed = [], self.head, time.time(), self.elapsed()
         for seq, event in enumerate(events, start=len(self.events) + 1):
-            body = json.dumps(_plain(event.body), separators=(",", ":"), allow_nan=False)
+            body = encoded(event.body)
             last = _chain(last, seq, now, elapsed, event.kind, body)
             rows.append((seq, now, elapsed, event.kind, body, last))
         try:
@@ -143,7 +142,7 @@ class Record:
             raise DamageError(f"{self.path} is damaged ({error}); restore it from a backup") from error
         self.head = last
         for seq, _, _, kind, body, _ in rows:
-            self._apply(Event(kind=kind, body=_revive(json.loads(body)), seq=seq, at=now, elapsed=elapsed))
+            self._apply(Event(kind=kind, body=decoded(body), seq=seq, at=now, elapsed=elapsed))
         with contextlib.suppress(OSError):  # the events are safe; only a later loss would go unnoticed
             head.write(self.path, len(self.events))
 
@@ -188,8 +187,7 @@ class Record:
             try:
                 fits = seq == before + 1 and digest == _chain(self.head, seq, at, elapsed, kind, body)
                 if fits:
-                    body = _revive(json.loads(body))
-                    self._apply(Event(kind=kind, body=body, seq=seq, at=at, elapsed=elapsed))
+                    self._apply(Event(kind=kind, body=decoded(body), seq=seq, at=at, elapsed=elapsed))
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 fits, why = False, f"it makes no sense: {type(error).__name__}"
             if not fits:
@@ -221,7 +219,7 @@ class Record:
                 named = {name: body[name] for name in ("round", "signature")}
                 trial = Trial(number=body["trial"], hparams=hparams, **named, **sizes)
                 folds = (trial,) * body.get("folds", 0)
-                self.trials[trial.number] = dataclasses.replace(trial, folds=folds)
+                self.trials[trial.number] = changed(trial, folds=folds)
             case "report":
                 report = Report(
                     trial=body["trial"], epoch=body["epoch"], metrics=body["metrics"], seconds=body["seconds"]
@@ -257,7 +255,7 @@ class Record:
         self._update(trial.number, hparams=hparams, phases=phases, signature=copy["signature"])
 
     def _update(self, number: int, **changes: Any) -> None:
-        self.trials[number] = dataclasses.replace(self.trials[number], **changes)
+        self.trials[number] = changed(self.trials[number], **changes)
 
 
 def with_fold(trial: Trial, event: Event) -> Trial:
@@ -268,12 +266,12 @@ def with_fold(trial: Trial, event: Event) -> Trial:
         report = Report(
             trial=trial.number, epoch=body["epoch"], metrics=body["metrics"], seconds=body["seconds"]
         )
-        fold = dataclasses.replace(fold, reports=(*fold.reports, report), state=TrialState.RUNNING)
+        fold = changed(fold, reports=(*fold.reports, report), state=TrialState.RUNNING)
     else:
-        fold = dataclasses.replace(fold, **_ending(body))
+        fold = changed(fold, **_ending(body))
     folds[body["fold"]] = fold
     state = TrialState.RUNNING if trial.state is TrialState.WAITING else trial.state
-    return dataclasses.replace(trial, folds=tuple(folds), state=state)
+    return changed(trial, folds=tuple(folds), state=state)
 
 
 def _ending(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,27 +340,6 @@ def _chain(head: str, seq: int, at: float, elapsed: float, kind: str, body: str)
     return hashlib.sha256(row.encode()).hexdigest()
 
 
-# JSON has no NaN or infinity: they are written as {"float": "nan"}.
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in thaw(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
-    return value
-
-
-def _revive(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"float"} and isinstance(value["float"], str):
-            return float(value["float"])
-        return {key: _revive(item) for key, item in value.items()}
-    return [_revive(item) for item in value] if isinstance(value, list) else value
-
-
 # -- the events that make up a trial's life ------------------------------------------------------------
 
 
@@ -382,7 +359,7 @@ def trial_event(
 
 
 def report_event(report: Report) -> Event:
-    return Event(kind="report", body=dataclasses.asdict(report))
+    return Event(kind="report", body=vars(report))
 
 
 def finish_event(

@@ -28,8 +28,8 @@ class Rule:
 
 DECISIONS = (
     "types", "seeding", "hparams", "space", "grids", "recipe", "recipe_sections", "recipe_checks",
-    "overrides", "samplers", "schedulers", "record", "head", "steered", "report", "points", "evidence",
-    "refine",
+    "overrides", "samplers", "schedulers", "record", "bodies", "head", "steered", "report", "points",
+    "evidence", "refine",
 )  # fmt: skip
 TENSORS = (
     "task", "tasks", "models", "data", "optim", "lr_schedules", "metrics", "population", "trainers",

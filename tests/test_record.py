@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from hpt_torch.record import (
     state_event,
     trial_event,
 )
-from hpt_torch.types import DamageError, Report, RunError, TrialState
+from hpt_torch.types import DamageError, Report, RunError, Trial, TrialState, changed
 
 
 def _fill(path: Path) -> Record:
@@ -164,3 +166,15 @@ def test_the_views_answer_sql(tmp_path: Path) -> None:
         ]  # fmt: skip
         assert db.execute("SELECT trial, epoch FROM reports").fetchall() == [(0, 1)]
     db.close()
+
+
+def test_a_changed_trial_is_the_one_that_dataclasses_would_make() -> None:
+    """Also after what follows from its fields has been asked for."""
+    one, two = (Report(trial=0, epoch=n, metrics={"valid/loss": 1.0 / n}, seconds=0.0) for n in (1, 2))
+    trial = Trial(number=0, round=0, hparams={}, signature="", reports=(one,))
+    assert trial.metrics == one.metrics
+    more: dict[str, Any] = {"reports": (one, two), "state": TrialState.RUNNING}
+    later = changed(trial, **more)
+    assert later == dataclasses.replace(trial, **more)
+    assert later.metrics == two.metrics
+    assert (trial.reports, trial.metrics) == ((one,), one.metrics)

@@ -10,12 +10,14 @@ import torch
 from test_trainers_fused import CASES, CPU, _same_bits, _task, _train, _varied, never
 from torch import Tensor, nn
 
+from hpt_torch.data.folds import folds
 from hpt_torch.tasks import Classification
 from hpt_torch.trainers import programs, traced
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.programs import Program
 from hpt_torch.trainers.traced import trace
+from hpt_torch.types import Folding
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -159,6 +161,24 @@ def test_a_program_serves_other_members_and_other_hyperparameters(monkeypatch: p
         fresh, _, _ = _train(FusedTrainer, task, trials, [values[i] for i in trials], torch.float32, epochs=2)
         assert all(_same_bits(population, i, fresh, i) for i in range(4))
     assert len(trainer.programs.of("step")) == 1
+
+
+def test_trainers_of_other_rows_share_their_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the folds do: of the second one nothing is traced, and its bits are those of its own."""
+    monkeypatch.setattr(programs, "TRACE_FROM", 0)
+    task = _task("mlp")
+    values = _varied(task, "mlp", 4, dropout=0.2)
+    kept = programs.Programs()
+    options: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "seed": 3, "epochs": 2}
+    for fold in folds(task.data(), Folding(folds=2), seed=0):
+        pair = []
+        for shared in (kept, None):
+            trainer = FusedTrainer(task, fold.to(CPU, torch.float32), programs=shared, **options)
+            population = trainer.init([0, 1, 2, 3], values)
+            trainer.train(population, 2, should_pause=never)
+            pair.append(population)
+        assert all(_same_bits(pair[0], i, pair[1], i) for i in range(4))
+    assert len(kept.of("step")) == 1
 
 
 class _Counting(Classification):

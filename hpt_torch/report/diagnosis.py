@@ -17,7 +17,7 @@ from scipy import stats
 from hpt_torch.evidence import judge
 from hpt_torch.record import Record
 from hpt_torch.report import curve_checks, findings, space_checks
-from hpt_torch.report.findings import Finding, Importance
+from hpt_torch.report.findings import Finding
 from hpt_torch.report.summary import SHARES, Summary, summarise
 from hpt_torch.report.svg import number
 from hpt_torch.space import encode
@@ -26,12 +26,15 @@ from hpt_torch.types import Trial
 REPLAYS = "replays"  # the folder of a run in which its replays are runs
 
 
-def diagnose(
-    summary: Summary, replays: Sequence[float] = (), importance: Importance | None = None
-) -> list[Finding]:
+def of_run(run: Path, summary: Summary) -> list[Finding]:
+    """What `diagnose` finds in the run at this path and its replays."""
+    replays = replay_scores(run, summary)
+    return summary.once(("findings", *replays), lambda: diagnose(summary, replays))
+
+
+def diagnose(summary: Summary, replays: Sequence[float] = ()) -> list[Finding]:
     """The findings, the most important first: whether the result can be trusted, then what would make it
-    better, then what was learned. `replays`: scores of the best trial trained again with other seeds;
-    `importance`: where it is known already.
+    better, then what was learned. `replays`: scores of the best trial trained again with other seeds.
 
     Where a scheduler changed hyperparameters on the way, trials are no points of the space, and their curves
     are those of copies: only the first kind of check is made.
@@ -43,7 +46,7 @@ def diagnose(
         found += space_checks.edges(summary, judged)
         found += curve_checks.check(summary)
         found += [space_checks.confounded(summary, judged), space_checks.interaction(summary, judged)]
-        found.append(space_checks.importance(summary, importance or findings.importance(summary)))
+        found.append(space_checks.importance(summary, findings.importance(summary)))
     return [finding for finding in found if finding is not None]
 
 

@@ -40,6 +40,11 @@ class Importance:
 
 
 def importance(summary: Summary) -> Importance:
+    """Which hyperparameters matter."""
+    return summary.once("importance", lambda: _importance(summary))
+
+
+def _importance(summary: Summary) -> Importance:
     """PED-ANOVA (Watanabe et al. 2023), as Optuna has it: how far a hyperparameter's values among the best
     tenth of the trials differ from its values among all. fANOVA beside it.
     """

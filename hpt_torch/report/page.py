@@ -12,7 +12,7 @@ import tomli_w
 
 from hpt_torch.record import Record
 from hpt_torch.report import advice, choice, findings, pareto, plots, population
-from hpt_torch.report.diagnosis import diagnose, replay_scores
+from hpt_torch.report.diagnosis import of_run
 from hpt_torch.report.plots import View
 from hpt_torch.report.shell import document
 from hpt_torch.report.summary import Summary
@@ -33,7 +33,7 @@ def page(record: Record, summary: Summary) -> str:
     view = View(summary)
     importance = findings.importance(summary)
     shares = importance.best
-    found = diagnose(summary, replay_scores(record.path.parent, summary), importance)
+    found = of_run(record.path.parent, summary)
     sections = [
         ("answer", "", _answer(view)),
         ("findings", "What to look at", advice.as_html(found)),

@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from hpt_torch.record import Record
 from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
@@ -17,6 +17,7 @@ from hpt_torch.space import Space, parse_dimension, thaw
 from hpt_torch.steered import steered
 from hpt_torch.types import SIZES, HParams, Objective, RunError, Trial, TrialState
 
+T = TypeVar("T")
 SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
 
 
@@ -41,6 +42,14 @@ class Summary:
     planned: int | None  # trials the recipe asks for; None: until the time is used up
     environment: Mapping[str, Any]
     second: Objective | None = None
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed of this summary at the first call and kept."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        found: T = self._kept[key]
+        return found
 
     @property
     def pareto(self) -> tuple[Trial, ...]:
@@ -59,7 +68,7 @@ class Summary:
         low, high = self.holdout_interval.get(f"holdout/{metric}", (None, None))
         return None if low is None or high is None else (low, high)
 
-    @property
+    @functools.cached_property
     def ranked(self) -> list[Trial]:
         """Completed trials, best first."""
         return self.objective.ranked([t for t in self.trials if t.state is TrialState.COMPLETE])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hpt_torch import optim
 from hpt_torch.data import Data, Part
+from hpt_torch.hparams import signature
 from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
@@ -28,6 +29,7 @@ class LoopTrainer:
 
     data: on `device`, in `dtype`. epochs: of a whole trial, which the schedules read. keep: the objective by
     which a member's best epoch is kept; None keeps the last. autocast: dtype of matrix products.
+    programs: those of another such trainer of the same task and settings, whose rows alone are others.
     `seed` is the run's: initial weights derive from (seed, trial), data order and noise from (seed, epoch).
     """
 
@@ -43,6 +45,7 @@ class LoopTrainer:
         keep: Objective | None = None,
         autocast: torch.dtype | None = None,
         probe: Part | None = None,
+        programs: Programs | None = None,
     ) -> None:
         self.task, self.data, self.device, self.dtype, self.seed = task, data, device, dtype, seed
         self.epochs, self.keep, self.autocast = epochs, keep, autocast
@@ -50,7 +53,8 @@ class LoopTrainer:
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
         self._channels_last = any(t.dim() == 4 for t in data.train.first().values())
-        self.programs = Programs()
+        self.programs = Programs() if programs is None else programs
+        self._names: dict[str, list[str]] = {}  # of what a model's state_dict holds, by signature
         self._module: tuple[int, HParams, nn.Module] | None = None
 
     def close(self) -> None:
@@ -117,7 +121,11 @@ class LoopTrainer:
             tensors = member["kept"]
         elif population.hparams[i]["ema"]:
             tensors.update({name: member["slots"][f"ema/{name}"] for name in member["params"]})
-        names = self.module(population.hparams[i], population.trials[i]).state_dict()
+        hparams = population.hparams[i]
+        alike = signature(hparams, self.dynamic)
+        if alike not in self._names:
+            self._names[alike] = list(self.module(hparams, population.trials[i]).state_dict())
+        names = self._names[alike]
         return {name: tensors[name].detach().clone() for name in names if name in tensors}
 
     def load(self, hparams: HParams, trial: int, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hpt_torch import optim
 from hpt_torch.seeding import torch_seeded
@@ -30,6 +29,8 @@ def flops(task: Task, model: nn.Module, row: Mapping[str, Tensor]) -> int:
     """Of a row's forward pass (`task.metrics` on a batch of one) in evaluation mode, as PyTorch counts them:
     two for each multiplication and addition of a matrix product, convolution or attention, none for
     elementwise operations. Model and row are on the CPU."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+
     model.eval()
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent})
     with torch.no_grad(), torch_seeded(0, "flops"), counter:

@@ -56,7 +56,7 @@ class Planning:
         for plan in record.of_kind("plan"):
             self._bytes_a_member |= plan.body.get("bytes_a_member", {})
         self._measured: dict[str, int] = {}  # what of these no plan has recorded yet
-        # By signature and engine: why it cannot train such trials together.
+        # By signature without batch size, and engine: why it cannot train such trials together.
         self._reasons: dict[tuple[str, str], str | None] = {}
         self._told: set[str] = set()
 
@@ -111,7 +111,7 @@ class Planning:
             slow=frozenset(self.costs["slow"]),
             traits=lambda trial: self.trainer.traits(hparams[trial], trial),
             why_not=lambda trials, engine: self._why_not(
-                signatures[trials[0]], engine, trials, [hparams[trial] for trial in trials]
+                engine, trials, [hparams[trial] for trial in trials]
             ),
             pays=lambda trials: self._pays(len(trials), trials[0], hparams[trials[0]], rounds),
             holds=lambda trials: self._holds(
@@ -126,11 +126,10 @@ class Planning:
         full = [e.body["members"] for e in self.record.of_kind("fallback") if e.body.get("out_of_memory")]
         return max(min(full) // 2, 1) if full else None
 
-    def _why_not(
-        self, signed: str, engine: str, trials: Sequence[int], hparams: Sequence[HParams]
-    ) -> str | None:
+    def _why_not(self, engine: str, trials: Sequence[int], hparams: Sequence[HParams]) -> str | None:
         """Why this engine cannot train these trials together. A model that cannot be built is the loop's to
         tell."""
+        signed = signature(hparams[0], self.trainer.dynamic | {"batch_size"})
         key, doing = (signed, engine), f"mapping {signed}" if engine == "fused" else f"recording {signed}"
         if key not in self._reasons and self.crash.note(doing):
             self._reasons[key] = "it crashed the process"

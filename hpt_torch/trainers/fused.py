@@ -12,8 +12,10 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from hpt_torch.data import Rows
+from hpt_torch.hparams import signature
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
@@ -27,6 +29,11 @@ class FusedTrainer(LoopTrainer):
     """Trains the members of a population together. They share their signature, epoch and batch."""
 
     stack: type[Stack] = Stack
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Bytes that a step or an evaluation computes, by signature without batch size, members and rows.
+        self._computed: dict[tuple[str, int, str, int], int] = {}
 
     def train(self, population: Population, until_epoch: int, *, should_pause: ShouldPause) -> SegmentResult:
         """Trains every active member until it has `until_epoch` epochs, or until `should_pause()`."""
@@ -97,6 +104,7 @@ class FusedTrainer(LoopTrainer):
         """
         state = 2 * sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
         hparams = population.hparams[0]
+        alike = signature(hparams, self.dynamic | {"batch_size"})
         batch = min(int(str(hparams["batch_size"])), len(self.data.train))
         parts = {"step": min(int(str(hparams["accumulation_steps"])), batch), "evaluate": 1}
         sizes = {"step": batch, "evaluate": min(len(self.data.valid), base.EVALUATION_BATCH)}
@@ -108,6 +116,12 @@ class FusedTrainer(LoopTrainer):
             return math.ceil((state + max(map(at, sizes))) / len(population))
 
         def measured(what: str, rows: int) -> int:
+            key = alike, len(population), what, rows
+            if key not in self._computed:
+                self._computed[key] = measure(what, rows)
+            return self._computed[key]
+
+        def measure(what: str, rows: int) -> int:
             stack = Stack(self, population.copy(), list(range(len(population))))
             stack.begin_epoch(0, 1)
             part = (self.data.train if what == "step" else self.data.valid).slice(0, rows)

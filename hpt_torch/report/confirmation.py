@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
 from hpt_torch.record import Record, StateFile
 from hpt_torch.types import Objective, Trial, TrialState
 
@@ -38,6 +36,8 @@ class Confirmation:
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         if len(set(differences)) == 1:
             return 1.0 if differences[0] == 0 else 0.0
+        from scipy import stats  # here: importing it takes a second, at every start
+
         value = float(stats.ttest_rel(ours, theirs).pvalue)
         return 1.0 if math.isnan(value) else value
 

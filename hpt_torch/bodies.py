@@ -16,10 +16,7 @@ _write = functools.partial(json.dumps, separators=(",", ":"), allow_nan=False)
 def encoded(body: Mapping[str, Any]) -> str:
     try:
         return _write(body)
-    except (
-        TypeError,
-        ValueError,
-    ):  # a mapping that is no dict, a number that is not finite: rare
+    except (TypeError, ValueError):  # a mapping that is no dict, a number that is not finite
         return _write(_plain(body))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
@@ -104,6 +104,8 @@ class Planning:
         """How trials with these hyperparameters (fixed ones included) are to be trained. rounds: that are
         left of the search, this one included, and train the same programs."""
         signatures = {trial: signature(full, self.trainer.dynamic) for trial, full in hparams.items()}
+        # No longer than the plan, which a run that goes on finds recorded: later it would be of other trials.
+        known: dict[Hashable, int] = {}
         return planner.plan(
             list(signatures.items()),
             engine=self.engine,
@@ -115,7 +117,7 @@ class Planning:
             ),
             pays=lambda trials: self._pays(len(trials), trials[0], hparams[trials[0]], rounds),
             holds=lambda trials: self._holds(
-                signatures[trials[0]], trials[:2], [hparams[trial] for trial in trials[:2]]
+                signatures[trials[0]], trials[:2], [hparams[trial] for trial in trials[:2]], known
             ),
             folds=self.folds,
             fits=self.fits(),
@@ -164,7 +166,9 @@ class Planning:
         found = [chunk["trials"] for chunk in chunks if chunk["engine"] == "compiled"]
         return {(self.record.trials[trials[0]].signature, len(trials)) for trials in found}
 
-    def _holds(self, signed: str, trials: Sequence[int], hparams: Sequence[HParams]) -> int | None:
+    def _holds(
+        self, signed: str, trials: Sequence[int], hparams: Sequence[HParams], known: dict[Hashable, int]
+    ) -> int | None:
         """How many trials of this signature the memory holds at once, measured with these two where no plan
         has recorded it; None: any number, or not known."""
         if self.memory is None:
@@ -175,7 +179,7 @@ class Planning:
             if not self.crash.note(f"measuring {signed}"):
                 try:
                     few = self.memory / max(planner.LARGEST.values())
-                    needed = fused.bytes_a_member(fused.init(trials, hparams), few)
+                    needed = fused.bytes_a_member(fused.init(trials, hparams), few, known)
                 except Exception as error:  # user code
                     if not base.is_out_of_memory(error):
                         self.say(f"how much memory trials like {trials[0]} take is not known: {error!r}")

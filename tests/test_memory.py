@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,9 +53,17 @@ def test_a_few_rows_tell_what_a_whole_batch_takes(name: str, parts: int) -> None
     state = sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
     expected = (2 * state + max(step, evaluation)) / 2
 
-    assert trainer.bytes_a_member(population, 0) == pytest.approx(expected, rel=0.01)
-    assert expected <= trainer.bytes_a_member(population, 1e12) < 40 * expected
+    assert trainer.bytes_a_member(population, 0, {}) == pytest.approx(expected, rel=0.01)
+    assert expected <= trainer.bytes_a_member(population, 1e12, {}) < 40 * expected
     assert all(torch.equal(t, before[n]) for n, t in population.params.items())
+
+    # Of members that differ in batch size alone nothing more is measured, to the same result.
+    known: dict[Hashable, int] = {}
+    trainer.bytes_a_member(population, 0, known)
+    larger = trainer.init([0, 1], [{**values, "batch_size": 40} for values in hparams])
+    alone, count = trainer.bytes_a_member(larger, 0, {}), len(known)
+    assert trainer.bytes_a_member(larger, 0, known) == alone != trainer.bytes_a_member(population, 0, {})
+    assert len(known) == count
 
 
 def _plan(count: int, holds: int | None, engine: str = "auto", why: str | None = None) -> list[Chunk]:
@@ -112,8 +120,8 @@ def test_a_run_keeps_to_the_memory_that_it_began_with(
     measured: list[int] = []
     exactly = FusedTrainer.bytes_a_member
 
-    def noted(self: FusedTrainer, population: Population, few: float) -> int:
-        measured.append(exactly(self, population, few))
+    def noted(self: FusedTrainer, population: Population, few: float, known: dict[Hashable, int]) -> int:
+        measured.append(exactly(self, population, few, known))
         return measured[-1]
 
     monkeypatch.setattr(FusedTrainer, "bytes_a_member", noted)
@@ -130,7 +138,7 @@ def test_a_run_keeps_to_the_memory_that_it_began_with(
 
     # The run goes on with the memory that it began with, and with what it has measured.
     monkeypatch.setattr(limits, "free_bytes", lambda: None)
-    monkeypatch.setattr(FusedTrainer, "bytes_a_member", lambda self, population, few: 1)
+    monkeypatch.setattr(FusedTrainer, "bytes_a_member", lambda self, population, few, known: 1)
     run_quick(tmp_path / "divided", *settings, "search.trials=24", reopen_holdout=True)
     assert _chunks(tmp_path / "divided") == [[3] * 4] * 2
 
@@ -145,7 +153,7 @@ def test_what_cannot_be_measured(
         (RuntimeError("of the user's"), [2, 2]),  # which training will meet, or not
     ):
 
-        def fails(self: FusedTrainer, population: Population, few: float, error: Exception = error) -> int:
+        def fails(self: FusedTrainer, *arguments: object, error: Exception = error) -> int:
             raise error
 
         monkeypatch.setattr(FusedTrainer, "bytes_a_member", fails)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
 
 from hpt_torch.data import Rows
 from hpt_torch.hparams import signature
@@ -29,11 +28,6 @@ class FusedTrainer(LoopTrainer):
     """Trains the members of a population together. They share their signature, epoch and batch."""
 
     stack: type[Stack] = Stack
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        # Bytes that a step or an evaluation computes, by signature without batch size, members and rows.
-        self._computed: dict[tuple[str, int, str, int], int] = {}
 
     def train(self, population: Population, until_epoch: int, *, should_pause: ShouldPause) -> SegmentResult:
         """Trains every active member until it has `until_epoch` epochs, or until `should_pause()`."""
@@ -95,12 +89,13 @@ class FusedTrainer(LoopTrainer):
         for name, tensor in {**member["params"], **member["buffers"]}.items():
             member["kept"][name].copy_(member["slots"].get(f"ema/{name}", tensor))
 
-    def bytes_a_member(self, population: Population, few: float) -> int:
+    def bytes_a_member(self, population: Population, few: float, known: dict[Hashable, int]) -> int:
         """The memory that a further member like these takes: its state, that again to be saved, and all that
         a step on a whole batch, or an evaluation, computes. An upper bound where that is at most `few`.
 
         Measured with copies of these members on two rows and on four (of each part of an accumulated batch):
-        what is computed is linear in them.
+        what is computed is linear in them. known: what is measured is kept there, and not measured again for
+        members that differ from those in their batch size alone.
         """
         state = 2 * sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
         hparams = population.hparams[0]
@@ -117,9 +112,9 @@ class FusedTrainer(LoopTrainer):
 
         def measured(what: str, rows: int) -> int:
             key = alike, len(population), what, rows
-            if key not in self._computed:
-                self._computed[key] = measure(what, rows)
-            return self._computed[key]
+            if key not in known:
+                known[key] = measure(what, rows)
+            return known[key]
 
         def measure(what: str, rows: int) -> int:
             stack = Stack(self, population.copy(), list(range(len(population))))

@@ -15,8 +15,8 @@ from conftest import QUICK, canonical_of
 from test_resume import PowerSwitch
 
 import hpt_torch
+from hpt_torch import engines, session
 from hpt_torch import recipe as recipes
-from hpt_torch import session
 from hpt_torch.cli import app
 from hpt_torch.data import Data, Rows, digits, fashion_mnist, split
 from hpt_torch.data.folds import folds, pooled
@@ -360,3 +360,17 @@ def test_validate_says_how_rows_are_cut(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert "folds      5 (stratified)\n" in shown
     assert "confirm    the best 3 with 5 new seeds\n" in shown
+
+
+def test_folds_share_what_is_traced(
+    tmp_path: Path, run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their trainers differ in their rows alone."""
+    made: dict[str, LoopTrainer] = {}
+    make = engines.trainers
+    monkeypatch.setattr(engines, "trainers", lambda *arguments: made.update(make(*arguments)) or made)
+    run_quick(tmp_path / "run", *FOLDS, "trainer.engine=fused", "activation=relu", "trainer.epochs=8")
+    fused = [trainer for name, trainer in made.items() if name.startswith("fused")]
+    assert len(fused) == 4  # of the split, and of three folds
+    assert len({id(trainer.programs) for trainer in fused}) == 1
+    assert len(fused[0].programs.of("step")) == 1

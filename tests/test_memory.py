@@ -143,6 +143,25 @@ def test_a_run_keeps_to_the_memory_that_it_began_with(
     assert _chunks(tmp_path / "divided") == [[3] * 4] * 2
 
 
+def test_what_is_measured_is_kept_no_longer_than_its_plan(
+    tmp_path: Path, run_quick: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on finds of earlier plans what they recorded, and nothing else."""
+    given: list[dict[Hashable, int]] = []
+    exactly = FusedTrainer.bytes_a_member
+
+    def noted(self: FusedTrainer, population: Population, few: float, known: dict[Hashable, int]) -> int:
+        given.append(known)
+        return exactly(self, population, few, known)
+
+    monkeypatch.setattr(FusedTrainer, "bytes_a_member", noted)
+    space = ("activation=relu", "space.batch_size={choice=[64,96,128,192,256]}")
+    settings = ("search.round_size=6", "search.trials=24", "trainer.epochs=1", "trainer.engine=fused")
+    run_quick(tmp_path / "run", *space, *settings)
+    plans = [id(known) for known in given]
+    assert len(plans) > len(set(plans)) > 1, plans
+
+
 def test_what_cannot_be_measured(
     tmp_path: Path, run_quick: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

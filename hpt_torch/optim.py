@@ -81,7 +81,7 @@ def step_(
     h: Mapping[str, Any],
 ) -> None:
     """One optimizer step for all tensors of one member, in place; under `torch.no_grad`. h: Python floats
-    (and `nesterov`)."""
+    (and `nesterov`). The gradients are to lie in memory as the parameters do: `laid_out_as`."""
     if not params:
         return
     kernel = _fused_kernel(name, params[0].device)
@@ -89,7 +89,7 @@ def step_(
         kernel = None  # the kernel would leave momentum_buffer behind, which a later momentum reads
     if kernel is not None and params[0].is_cuda:
         kernel = None if _laid_out_apart(params, slots) else kernel
-        grads = [_like(grad, param) for grad, param in zip(grads, params, strict=True)]
+        grads = [laid_out_as(param, grad) for param, grad in zip(params, grads, strict=True)]
     if kernel is None:
         factors = corrections(step, h) if name in ADAMS else None
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -127,11 +127,12 @@ def _laid_out_apart(params: Sequence[Tensor], slots: Mapping[str, Sequence[Tenso
     )
 
 
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor, laid out in memory as the other one."""
-    if tensor.stride() == other.stride():
-        return tensor
-    return torch.empty_like(other).copy_(tensor)
+def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, laid out in memory as its parameter: torch's kernels read both from the start to the end,
+    and autograd may return one that is transposed, or one number seen as many."""
+    if grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param).copy_(grad)
 
 
 @functools.lru_cache

@@ -176,7 +176,7 @@ class Member:
         with base.cast(self.trainer.probe, self.trainer.autocast):
             loss = self.trainer.task.loss(self.model, batch, self.tensors)
         grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
-        return loss.detach(), grads
+        return loss.detach(), [optim.laid_out_as(p, g) for p, g in zip(self.params, grads, strict=True)]
 
     # -- between steps ---------------------------------------------------------------------------------
 

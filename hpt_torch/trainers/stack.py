@@ -242,7 +242,7 @@ class Stack:
         stacked = {**{f"model.{n}": t for n, t in buffers.items()}, **own}
         gradients = vmap(grad_and_value(loss), in_dims=(0, 0, 0, None), randomness="error")
         grads, losses_P = gradients(params, stacked, dynamic, batch)
-        return grads, losses_P
+        return {n: optim.laid_out_as(params[n], grad) for n, grad in grads.items()}, losses_P
 
     def _penalise(self, grads: dict[str, Tensor]) -> None:
         """Adds the gradients of ``l1 * sum |W| + l2 * sum W**2``, one l1 and l2 a member."""

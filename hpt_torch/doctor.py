@@ -173,9 +173,12 @@ def _settings() -> dict[str, Any]:
     """What hpt_torch sets, or leaves as it is, that speed and bits depend on."""
     import torch
 
-    from hpt_torch.machine import keep_freed_memory
+    from hpt_torch.machine import are_denormals_zero, denormals_are_zero, keep_freed_memory
 
+    with denormals_are_zero():
+        flushed = are_denormals_zero()
     return {
+        "denormals_are_zero": flushed,
         "keeps_freed_memory": keep_freed_memory(),
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -318,6 +321,8 @@ def _machine_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "CUDA", f"no device ({found['no_cuda']})"
     kept = found["settings"]["keeps_freed_memory"]
     yield "allocator", "freed memory is kept (glibc)" if kept else "as the system has it: glibc only is set"
+    flushed = found["settings"]["denormals_are_zero"]
+    yield "denormals", "count as 0 where a trial trains" if flushed else "are computed: slowly, on most CPUs"
     precision = found["settings"]["matmul_precision"]
     yield "matrix products", f"float32 with precision {precision!r} (trainer.tf32 lowers it on CUDA)"
     yield "disk", f"{show_bytes(disk['free_bytes'])} free for {disk['path']}"

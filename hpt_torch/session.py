@@ -28,7 +28,7 @@ from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
 from hpt_torch.finale import choose
 from hpt_torch.hparams import HParamSpec
-from hpt_torch.machine import keep_freed_memory
+from hpt_torch.machine import keep_freed_memory, use_threads
 from hpt_torch.objectives import objective_of
 from hpt_torch.observers import Observer
 from hpt_torch.points import points_of
@@ -163,7 +163,7 @@ def run(
         if first is not None and record.last("run") is None:
             record.append(first)
         begun = record.of_kind("run")[0].body
-        torch.set_num_threads(begun["threads"])
+        use_threads(begun["threads"])
         device = engines.resume_device(checked.recipe, begun["device"], path)
         engines.settle(checked.recipe, device)
         where = environment(str(device), begun["threads"]) | {"keeps_freed_memory": keep_freed_memory()}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 
 from hpt_torch.data import Rows
 from hpt_torch.hparams import signature
+from hpt_torch.machine import denormals_are_zero
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
@@ -29,6 +30,7 @@ class FusedTrainer(LoopTrainer):
 
     stack: type[Stack] = Stack
 
+    @denormals_are_zero()
     def train(self, population: Population, until_epoch: int, *, should_pause: ShouldPause) -> SegmentResult:
         """Trains every active member until it has `until_epoch` epochs, or until `should_pause()`."""
         result = SegmentResult()

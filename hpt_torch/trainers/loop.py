@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hpt_torch import optim
 from hpt_torch.data import Data, Part
 from hpt_torch.hparams import signature
+from hpt_torch.machine import denormals_are_zero
 from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
@@ -150,6 +151,7 @@ class LoopTrainer:
 
     # -- training --------------------------------------------------------------------------------------
 
+    @denormals_are_zero()
     def train(self, population: Population, until_epoch: int, *, should_pause: ShouldPause) -> SegmentResult:
         """Trains every active member until it has `until_epoch` epochs, or until `should_pause()`.
 

@@ -119,9 +119,14 @@ class Planning:
             holds=lambda trials: self._holds(
                 signatures[trials[0]], trials[:2], [hparams[trial] for trial in trials[:2]], known
             ),
+            steps=lambda trial: self.steps(hparams[trial]),
             folds=self.folds,
             fits=self.fits(),
         )
+
+    def steps(self, hparams: HParams) -> int:
+        """How many optimizer steps such a trial takes in an epoch."""
+        return self.trainer.order.batches(int(str(hparams["batch_size"])))
 
     def fits(self) -> int | None:
         """How many trials the memory holds at once, as far as groups that ran out of it have shown."""
@@ -151,8 +156,7 @@ class Planning:
             return None  # their number would change, and each number is another program
         if (signature(hparams, self.trainer.dynamic), members) in self._compiled():
             return f"{members} trials of one signature, whose step is compiled already"
-        size = min(int(str(hparams["batch_size"])), len(self.trainer.data.train))
-        steps = self.trainer.epochs * self.trainer.order.batches(size) * rounds
+        steps = self.trainer.epochs * self.steps(hparams) * rounds
         traits = self.trainer.traits(hparams, trial)
         after = costs.saved_after(self.costs.get("pays_after", {}), traits, members)
         if steps < after:

@@ -48,6 +48,7 @@ class Race:
         """All that are left to `until` epochs; False where that was not possible."""
         waiting = {key: self._to_train(key, until) for key in self.chunks}
         segments = [segment for segment in waiting.values() if segment is not None]
+        segments.sort(key=self._steps, reverse=True)  # so that no worker is left alone with much in the end
         whole = True
         for boundary in self.tuner.executor.run(iter(segments), lambda: self.tuner.leaving):
             if boundary.broken:
@@ -66,6 +67,10 @@ class Race:
         if not left or min(left) >= until:
             return None
         return replace(segment, until_epoch=until, ended=ended, bar=self.tuner.bar)
+
+    def _steps(self, segment: Segment) -> int:
+        """Of an epoch of those that are left."""
+        return (len(segment.trials) - len(segment.ended)) * self.tuner.planning.steps(segment.hparams[0])
 
     def _take(self, boundary: Boundary) -> None:
         key = boundary.key

@@ -33,11 +33,11 @@ def _plan(
     device: str = "cpu",
     traits: Sequence[str] = ("dense",),
     why: str | None = None,
-    costs: Costs = SHIPPED, fits: int | None = None,
+    costs: Costs = SHIPPED, fits: int | None = None, steps: Callable[[int], int] = lambda trial: 1,
 ) -> list[Chunk]:  # fmt: skip
     return plan(
         list(enumerate(signatures)), engine=engine, device=device, slow=costs.slow_together(device),
-        traits=lambda trial: frozenset(traits), why_not=lambda trials, engine: why, fits=fits,
+        traits=lambda trial: frozenset(traits), why_not=lambda trials, engine: why, fits=fits, steps=steps,
     )  # fmt: skip
 
 
@@ -74,16 +74,26 @@ def test_what_decides() -> None:
         "loop",
         "cannot be mapped over members: RuntimeError: no batching rule",
     )
-    assert [len(c.trials) for c in _plan("a" * 130, device="cuda")] == [43, 43, 44]
-    assert [len(c.trials) for c in _plan("a" * 200)] == [28, 29, 28, 29, 28, 29, 29]
-    # A round of one signature keeps several workers busy; one of many signatures does so as it is.
+    assert [len(c.trials) for c in _plan("a" * 130, device="cuda")] == [44, 43, 43]
+    assert [len(c.trials) for c in _plan("a" * 200)] == [29, 29, 29, 29, 28, 28, 28]
+    # A round of few signatures keeps several workers busy; one of many signatures does so as it is.
     assert [len(c.trials) for c in _plan("a" * 32)] == [8, 8, 8, 8]
-    assert [len(c.trials) for c in _plan("a" * 9)] == [4, 5]
+    assert [len(c.trials) for c in _plan("a" * 9)] == [5, 4]
     assert [len(c.trials) for c in _plan("a" * 9, fits=3)] == [3, 3, 3]
     assert [(c.engine, len(c.trials)) for c in _plan("aa", fits=1)] == [("loop", 1)] * 2
     assert [len(c.trials) for c in _plan("a" * 4)] == [2, 2]
     assert [len(c.trials) for c in _plan("a" * 16 + "b" * 16)] == [8, 8, 8, 8]
     assert [len(c.trials) for c in _plan("a" * 27 + "b" * 27 + "c" * 27 + "d" * 27)] == [27] * 4
+    # So does one in which one has most of the work: of trials, or of steps.
+    assert [len(c.trials) for c in _plan("a" * 20 + "bcdefg" * 4)] == [10, 10, *[4] * 6]
+    eights = _plan("a" * 16 + "b" * 16, steps=lambda trial: 1 if trial < 16 else 4)
+    assert [(c.trials[0], len(c.trials)) for c in eights] == [(16, 8), (24, 8), (0, 16)]
+
+
+def test_what_takes_longest_is_trained_first() -> None:
+    found = _plan("abbbc", engine="loop", steps=lambda trial: (1, 5, 5, 5, 9)[trial])
+    assert [chunk.trials for chunk in found] == [(4,), (1,), (2,), (3,), (0,)]
+    assert [chunk.trials for chunk in _plan("abbbc", engine="fused")] == [(1, 2, 3), (0,), (4,)]
 
 
 class _FailsLate(Classification):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 TOGETHER = ("fused", "compiled")  # the engines that train several trials at once
 # Members of one population: beyond it a further member costs as much as the one before.
 LARGEST = {"cpu": 32, "elsewhere": 64}
-# On the CPU a population trains in one worker. A round of few signatures is split into so many populations,
-# of so many members where there are enough, so that more workers have something to do. (Not into as many as
-# there are workers: their number must not change a result.)
+# On the CPU a population trains in one worker. So that more workers have something to do, none has more than
+# one of so many parts of a round's work, if that leaves it enough members. (Not of as many as there are
+# workers: their number must not change a result.)
 _POPULATIONS, _ENOUGH = 4, 8
 
 
@@ -37,17 +38,18 @@ def plan(
     why_not: Callable[[Sequence[int], str], str | None],
     pays: Callable[[Sequence[int]], str | None] = lambda trials: None,
     holds: Callable[[Sequence[int]], int | None] = lambda trials: None,
+    steps: Callable[[int], int] = lambda trial: 1,
     folds: int = 0,
     fits: int | None = None,
 ) -> list[Chunk]:
-    """The chunks of a round, in the order of their first trials; with folds, each once a fold.
+    """The chunks of a round, those that take longest first; with folds, each once a fold.
 
     signatures: (trial, signature) in order. engine: of the recipe. device: its type. slow: the traits of
     models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model. why_not:
     why trials cannot be trained together by this engine. pays: why it pays to compile the step of so many
     trials, or None. holds: how many trials like these the memory holds at once, as measured; None: any
-    number. These four are asked only where they matter. fits: how many the memory holds, as groups that ran
-    out of it have shown.
+    number. These four are asked only where they matter. steps: how many a trial takes in an epoch. fits: how
+    many trials the memory holds, as groups that ran out of it have shown.
     """
 
     def choose(trials: Sequence[int]) -> tuple[str, str]:
@@ -58,13 +60,16 @@ def plan(
     for trial, signature in signatures:
         groups.setdefault(signature, []).append(trial)
     chunks = []
+    work = len(parts) * sum(steps(trial) for trial, _ in signatures)
     for trials in groups.values():
-        for part in _split(trials, _largest(len(trials), len(groups) * len(parts), engine, device, fits)):
+        share = len(trials) * steps(trials[0]) / work
+        for part in _split(trials, _largest(len(trials), share, engine, device, fits)):
             for piece, chosen, why in _pieces(part, holds, choose):
                 for fold in parts:
                     key = f"chunk-{piece[0]}" + ("" if fold is None else f"-fold-{fold}")
                     chunks.append(Chunk(key, tuple(piece), chosen, why, fold))
-    return sorted(chunks, key=lambda chunk: chunk.trials[0])
+    # So that no worker is left alone with much in the end.
+    return sorted(chunks, key=lambda chunk: (-len(chunk.trials) * steps(chunk.trials[0]), chunk.trials[0]))
 
 
 def _pieces(
@@ -116,13 +121,13 @@ def _choose(
     return "fused", f"{len(trials)} trials of one signature{uncompiled}"
 
 
-def _largest(members: int, groups: int, engine: str, device: str, fits: int | None) -> int:
-    """How many members of a group of this size train together at most, in a round of so many groups."""
+def _largest(members: int, share: float, engine: str, device: str, fits: int | None) -> int:
+    """How many members of a group of this size train together at most. share: of the round's work."""
     if engine == "loop":
         return 1
     largest = LARGEST.get(device, LARGEST["elsewhere"])
     if device == "cpu":
-        pieces = max(min(-(-_POPULATIONS // groups), max(members // _ENOUGH, 2), members // 2), 1)
+        pieces = max(min(math.ceil(_POPULATIONS * share), max(members // _ENOUGH, 2), members // 2), 1)
         largest = min(largest, -(-members // pieces))
     return largest if fits is None else min(largest, fits)
 

@@ -129,7 +129,9 @@ def _laid_out_apart(params: Sequence[Tensor], slots: Mapping[str, Sequence[Tenso
 
 def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient, laid out in memory as its parameter: torch's kernels read both from the start to the end,
-    and autograd may return one that is transposed, or one number seen as many."""
+    and autograd may return one that is sparse, transposed, or one number seen as many."""
+    if grad.layout is not torch.strided:
+        grad = grad.to_dense()
     if grad.stride() == param.stride():
         return grad
     return torch.empty_like(param).copy_(grad)

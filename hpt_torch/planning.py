@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import torch
-
 from hpt_torch.crash import CrashLog
 from hpt_torch.hparams import signature
 from hpt_torch.proposing import Round
@@ -91,12 +89,11 @@ class Planning:
             return found
         trainer = self.trainer
         with contextlib.suppress(Exception):
-            model = base.build(trainer.task, hparams, trial, trainer.seed).to(trainer.dtype)
+            valid = trainer.data.valid
+            model = base.build(trainer.task, hparams, trial, trainer.seed, valid).to(trainer.dtype)
             found["parameters"] = sizes.parameters(model, hparams["freeze"])  # type: ignore[arg-type]
             if self.wants_flops:
-                valid = trainer.data.valid
-                row = valid.select(torch.zeros(1, dtype=torch.int64, device=valid.device))
-                found["flops"] = sizes.flops(trainer.task, model, {n: t.cpu() for n, t in row.items()})
+                found["flops"] = sizes.flops(trainer.task, model, base.one_row(valid))
         self.crash.note("")
         return found
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hpt_torch.data import Part, Rows
 from hpt_torch.models.layers import Dropout, make_stateless
@@ -57,11 +58,23 @@ class DataOrder:
         return self._cached[1]
 
 
-def build(task: Task, hparams: HParams, trial: int, seed: int) -> nn.Module:
-    """The member's model with its initial weights: a function of (seed, trial), made on the CPU."""
+def build(task: Task, hparams: HParams, trial: int, seed: int, rows: Part | None = None) -> nn.Module:
+    """The member's model with its initial weights: a function of (seed, trial), made on the CPU.
+
+    rows: from the first of them lazy layers (``nn.LazyLinear``) take their shapes; without, these stay lazy.
+    """
     with torch_seeded(seed, "init", trial):
         model = task.build_model(hparams)
+        if rows is not None and any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            row = {n: t.float() if t.is_floating_point() else t for n, t in one_row(rows).items()}
+            with torch.no_grad():
+                task.metrics(model.eval(), row)
     return make_stateless(model).train()
+
+
+def one_row(rows: Part) -> dict[str, Tensor]:
+    """The first row as a batch of one, on the CPU."""
+    return {n: t.cpu() for n, t in rows.select(torch.zeros(1, dtype=torch.int64, device=rows.device)).items()}
 
 
 def is_hparam_buffer(name: str, dynamic: frozenset[str]) -> bool:

@@ -55,7 +55,8 @@ class LoopTrainer:
         self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
         self._channels_last = any(t.dim() == 4 for t in data.train.first().values())
         self.programs = Programs() if programs is None else programs
-        self._names: dict[str, list[str]] = {}  # of what a model's state_dict holds, by signature
+        # By signature: the names in a model's state_dict, and under which of them the population has each.
+        self._names: dict[str, dict[str, str]] = {}
         self._module: tuple[int, HParams, nn.Module] | None = None
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class LoopTrainer:
 
     def build(self, hparams: HParams, trial: int) -> nn.Module:
         """The trial's untrained model on the device. Raises InfeasibleError where there is none."""
-        model = base.build(self.task, hparams, trial, self.seed).to(self.device, self.dtype)
+        model = base.build(self.task, hparams, trial, self.seed, self.data.valid).to(self.device, self.dtype)
         return model.to(memory_format=torch.channels_last) if self._channels_last else model
 
     def traits(self, hparams: HParams, trial: int) -> frozenset[str]:
@@ -125,9 +126,12 @@ class LoopTrainer:
         hparams = population.hparams[i]
         alike = signature(hparams, self.dynamic)
         if alike not in self._names:
-            self._names[alike] = list(self.module(hparams, population.trials[i]).state_dict())
-        names = self._names[alike]
-        return {name: tensors[name].detach().clone() for name in names if name in tensors}
+            module = self.module(hparams, population.trials[i])
+            own = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
+            state = module.state_dict(keep_vars=True)  # has a shared tensor under each of its names
+            self._names[alike] = {name: own.get(id(t), name) for name, t in state.items()}
+        names = self._names[alike].items()
+        return {name: tensors[own].detach().clone() for name, own in names if own in tensors}
 
     def load(self, hparams: HParams, trial: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """A model in evaluation mode with these weights."""

@@ -41,7 +41,7 @@ class Part(abc.ABC):
 
     @abc.abstractmethod
     def slice(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows that lie together, as a batch."""
+        """Rows that lie together, as a batch: a copy, into which a model may write."""
 
     @abc.abstractmethod
     def batches(
@@ -106,23 +106,23 @@ class Rows(Part):
         return {name: _selected(tensor, index) for name, tensor in self.tensors.items()}
 
     def slice(self, start: int, stop: int) -> dict[str, Tensor]:
-        return {name: tensor[start:stop] for name, tensor in self.tensors.items()}
+        return {name: tensor[start:stop].clone() for name, tensor in self.tensors.items()}
 
     def batches(
         self, order: Tensor | None, size: int, start: int = 0
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """As `Part.batches`. Several are gathered at once, always the same ones together, so that a batch
         lies where it lay when an epoch is continued in its middle."""
-        rows = len(self) if order is None else len(order)
-        gathered, block = self, -1
+        rows, gathered, block = len(self) if order is None else len(order), self.tensors, -1
         for index in range(start, -(-rows // size)):
-            first = 0
-            if order is not None:
-                first = index - index % GATHER
-                if first != block:
-                    gathered = Rows(self.select(order[first * size : (first + GATHER) * size]))
-                    block = first
-            yield index, gathered.slice((index - first) * size, (index - first + 1) * size)
+            if order is None:
+                yield index, self.slice(index * size, (index + 1) * size)
+                continue
+            first = index - index % GATHER
+            if first != block:
+                gathered, block = self.select(order[first * size : (first + GATHER) * size]), first
+            mine = slice((index - first) * size, (index - first + 1) * size)
+            yield index, {name: tensor[mine] for name, tensor in gathered.items()}
 
     def subset(self, index: Tensor) -> Rows:
         return Rows(self.select(index.to(self.device)))

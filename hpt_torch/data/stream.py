@@ -125,7 +125,7 @@ class Stream(Part):
 
     def slice(self, start: int, stop: int) -> dict[str, Tensor]:
         rows = range(len(self))[start:stop]
-        return self._moved(self._reader[0, rows.start, rows], rows.start)
+        return self._moved(self._reader[0, rows.start, rows], 0)
 
     def batches(
         self, order: Tensor | None, size: int, start: int = 0
@@ -134,8 +134,7 @@ class Stream(Part):
         rows = range(len(self)) if order is None else order.tolist()
         seed = 0 if order is None else _seed_of(order)
         for index, raw in enumerate(self._read(rows, size, start, seed), start):
-            first = index * size
-            yield index, self._moved(raw, first if order is None else first % (GATHER * size))
+            yield index, self._moved(raw, 0 if order is None else index % GATHER * size)
 
     def _read(self, rows: Sequence[int], size: int, start: int, seed: int) -> Iterator[dict[str, Tensor]]:
         if self._loader is None:
@@ -159,7 +158,7 @@ class Stream(Part):
             assert turn == self._turn, "a stream is read once at a time"
 
     def _moved(self, raw: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
-        """On the device, each where its row `first` would lie among all rows of a tensor in memory.
+        """On the device, each where its row `first` would lie among those that `Rows` gathers with it.
 
         Kernels may round differently on differently aligned memory, and the bits are to be those of `Rows`.
         """

@@ -98,7 +98,9 @@ def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], hparams: HParams, dynamic: frozenset[str]
 ) -> nn.Module:
     """The model with these weights and hyperparameters, in evaluation mode."""
-    model.load_state_dict(dict(weights))
+    # What a module keeps besides tensors (`get_extra_state`) stays as the new model has it.
+    own = {n: v for n, v in model.state_dict().items() if n.rpartition(".")[2] == "_extra_state"}
+    model.load_state_dict({**own, **weights})
     set_hparams(model, hparams, dynamic)
     return model.eval()
 

@@ -86,9 +86,11 @@ class CompiledStack(Stack):
 
     def recorded(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> traced.Flat | None:
         """What the function does. Changes nothing: it runs once, on copies of what it changes."""
-        copies = [{n: t.clone() for n, t in state.items()} for state in arguments[:4]]
-        rest = [t.clone() if isinstance(t, Tensor) else t for t in arguments[4:]]
-        recorded, _ = traced.record(function, *copies, *rest)
+        copies = [
+            one.clone() if isinstance(one, Tensor) else {n: t.clone() for n, t in one.items()}
+            for one in arguments
+        ]
+        recorded, _ = traced.record(function, *copies)
         return recorded
 
     def whole(

@@ -89,8 +89,11 @@ class Program:
         if self._calls > 2 or self._run is None:
             return (self._run or function)(params, buffers, *rest)
         scratch = _copies(buffers)
+        own = [
+            _copies(one) if isinstance(one, dict) else one.clone() for one in rest
+        ]  # it may write into them
         repeat_draws = torch_bookmark(_devices(params))
-        found = self._run(params, scratch, *rest)
+        found = self._run(params, scratch, *own)
         repeat_draws()
         expected = function(params, buffers, *rest)
         if not _same((found, scratch), (expected, buffers)):

@@ -89,9 +89,7 @@ class Program:
         if self._calls > 2 or self._run is None:
             return (self._run or function)(params, buffers, *rest)
         scratch = _copies(buffers)
-        own = [
-            _copies(one) if isinstance(one, dict) else one.clone() for one in rest
-        ]  # it may write into them
+        own = [_copies(one) if isinstance(one, dict) else one.clone() for one in rest]  # it may write there
         repeat_draws = torch_bookmark(_devices(params))
         found = self._run(params, scratch, *own)
         repeat_draws()

@@ -112,10 +112,10 @@ def test_a_trial_that_fails_under_a_new_seed_does_not_win(
     best = HIGHER.ranked(trials_of(tmp_path / "plain"))[0]
     build = loop.base.build
 
-    def fragile(task: Any, hparams: Any, trial: int, seed: int) -> Any:
+    def fragile(task: Any, hparams: Any, trial: int, seed: int, rows: Any) -> Any:
         if hparams["lr"] == best.hparams["lr"] and seed == derive_seed(0, "confirm", 2):
             raise RuntimeError("only under this seed")
-        return build(task, hparams, trial, seed)
+        return build(task, hparams, trial, seed, rows)
 
     monkeypatch.setattr(loop.base, "build", fragile)
     run_quick(tmp_path / "run", *CONFIRM)

@@ -47,7 +47,8 @@ def test_a_few_rows_tell_what_a_whole_batch_takes(name: str, parts: int) -> None
 
     stack = Stack(trainer, population.copy(), [0, 1])
     stack.begin_epoch(0, 1)
-    step = computed_bytes(lambda: stack.step(data.train.slice(0, 30), 0))
+    batch = data.train.slice(0, 30)
+    step = computed_bytes(lambda: stack.step(batch, 0))
     valid = Rows(data.valid.slice(0, min(len(data.valid), base.EVALUATION_BATCH)))
     evaluation = computed_bytes(lambda: stack.evaluate(valid))
     state = sum(t.nbytes for _, tensors in population.stacks() for t in tensors.values())
@@ -85,7 +86,7 @@ def test_trials_are_divided_as_the_memory_holds_them() -> None:
     assert [len(c.trials) for c in _plan(10, None)] == [10]
     assert [len(c.trials) for c in _plan(10, 10)] == [10]
     pieces = _plan(10, 4)
-    assert [c.trials for c in pieces] == [(0, 1, 2), (3, 4, 5), (6, 7, 8, 9)]
+    assert [c.trials for c in pieces] == [(6, 7, 8, 9), (0, 1, 2), (3, 4, 5)]
     assert {c.engine for c in pieces} == {"fused"}
     assert pieces[-1].why == "4 trials of one signature; trainer.memory holds 4"
     for few in (0, 1):

@@ -88,13 +88,13 @@ def test_trials_are_divided_as_the_memory_holds_them() -> None:
     pieces = _plan(10, 4)
     assert [c.trials for c in pieces] == [(6, 7, 8, 9), (0, 1, 2), (3, 4, 5)]
     assert {c.engine for c in pieces} == {"fused"}
-    assert pieces[-1].why == "4 trials of one signature; trainer.memory holds 4"
+    assert pieces[0].why == "4 trials of one signature; trainer.memory holds 4"
     for few in (0, 1):
         alone = _plan(3, few)
         assert [(c.trials, c.engine, c.why) for c in alone] == [
             ((trial,), "loop", "trainer.memory holds one") for trial in range(3)
         ]
-    assert [(len(c.trials), c.engine) for c in _plan(3, 2)] == [(1, "loop"), (2, "fused")]
+    assert [(len(c.trials), c.engine) for c in _plan(3, 2)] == [(2, "fused"), (1, "loop")]
     assert {c.engine for c in _plan(3, 2, engine="loop")} == {"loop"}
     assert "cannot be mapped" in _plan(3, 2, why="it branches")[0].why
 

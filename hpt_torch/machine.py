@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from hpt_torch.seeding import torch_bookmark
+
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEEP_BYTES = 1 << 30
@@ -25,6 +27,20 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_MMAP_THRESHOLD, _KEEP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES), (_M_TOP_PAD, 64 << 20))
     return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+
+
+@contextlib.contextmanager
+def settings_restored() -> Iterator[None]:
+    """Afterwards torch is set in this process as it was: threads, the CPU's generator, which kernels."""
+    go_back, threads = torch_bookmark(), torch.get_num_threads()
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        go_back()
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from hpt_torch.data import Rows
 from hpt_torch.data import folds as cross_validation
 from hpt_torch.finale import choose
 from hpt_torch.hparams import HParamSpec
-from hpt_torch.machine import keep_freed_memory, use_threads
+from hpt_torch.machine import keep_freed_memory, settings_restored, use_threads
 from hpt_torch.objectives import objective_of
 from hpt_torch.observers import Observer
 from hpt_torch.points import points_of
@@ -69,6 +69,7 @@ class Checked:
     objective: Objective
 
 
+@settings_restored()
 def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     """Fits the recipe to the task. Raises RecipeError with every problem found; writes nothing."""
     specs = task.hparam_specs()
@@ -132,6 +133,7 @@ def _check_folds(recipe: Recipe, task: Task) -> list[Problem]:
     return []
 
 
+@settings_restored()
 def run(
     checked: Checked,
     path: Path,

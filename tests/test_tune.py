@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -16,6 +18,7 @@ from conftest import ROOT
 from torch import nn
 
 import hpt_torch as hpt
+from hpt_torch.machine import are_denormals_zero
 from hpt_torch.seeding import generator
 
 
@@ -252,3 +255,22 @@ def test_a_population_from_python(tmp_path: Path, data: hpt.Data) -> None:
     assert any(trial.phases for trial in result.trials)
     assert result.best is not None
     assert result.best.epoch == 4
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_the_callers_torch_is_as_it_was(tmp_path: Path, data: hpt.Data, engine: str) -> None:
+    def settings() -> tuple[object, ...]:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        draws = torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
+        return torch.get_num_threads(), deterministic, torch.is_grad_enabled(), are_denormals_zero(), *draws
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        before, space = settings(), {"lr": hpt.Float(1e-3, 1e-1)}
+        hpt.tune(
+            hpt.Classification(Net, data), space, trials=3, epochs=2, run_dir=tmp_path / "run", engine=engine
+        )
+        assert settings() == before
+    finally:
+        torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from hpt_torch.report.export import trials_csv, write_exports, write_page
 from hpt_torch.report.figures import Plots
 from hpt_torch.report.terminal import show_value
 from hpt_torch.samplers import make_study
+from hpt_torch.space import freeze
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
 from hpt_torch.types import Objective, RunError, Trial
@@ -110,9 +111,10 @@ class Result:
         if file is None:
             raise RunError(f"{self.path} has no model yet: its best trial is trained again at the end")
         weights, _ = checkpoint.load(self.path / "checkpoints" / file.name, file.sha256)
-        model = base.build(self._task, self.hparams(), best.number, self._seed)
+        hparams = {name: freeze(value) for name, value in self.hparams().items()}  # as in training: tuples
+        model = base.build(self._task, hparams, best.number, self._seed)
         dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
-        return base.load_weights(model.to(dtype), weights, self.hparams(), self._task.dynamic_hparams)
+        return base.load_weights(model.to(dtype), weights, hparams, self._task.dynamic_hparams)
 
     def replay(self, seeds: int = 5, *, progress: bool = True) -> Replay:
         """Trains the best trial again from scratch, on its schedule, with `seeds` other seeds, and says

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def device(self) -> torch.device:
         """Where the batches are."""
+
+    @functools.cached_property
+    def has_images(self) -> bool:
+        """Whether batches have tensors (B, C, H, W), which are laid out channels-last."""
+        return any(tensor.dim() == 4 for tensor in self.first().values())
 
     @abc.abstractmethod
     def first(self) -> dict[str, Tensor]:

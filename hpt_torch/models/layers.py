@@ -157,11 +157,17 @@ def inside_transform() -> bool:
 
 
 def make_stateless(model: nn.Module) -> nn.Module:
-    """Swaps ``nn.Dropout`` for `Dropout` and numbers every `Dropout`. Changes and returns the model."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(min(child.p, 1 - 2**-24)).train(child.training))
+    """Makes a `Dropout` of every ``nn.Dropout`` and numbers them. Changes and returns the model.
+
+    The objects stay the same: a model may know them by other names as well, and may read their `p`.
+    """
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            p, inplace, training = module.p, module.inplace, module.training
+            module.__class__ = Dropout  # type: ignore[assignment]
+            Dropout.__init__(module, min(p, 1 - 2**-24))  # type: ignore[arg-type]
+            module.p, module.inplace = p, inplace
+            module.train(training)
     for layer, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
         module.layer = layer
     return model

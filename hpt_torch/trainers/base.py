@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from hpt_torch.data import Part, Rows
+from hpt_torch.hparams import CLASSIFICATION, TRAINING
 from hpt_torch.models.layers import Dropout, make_stateless
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
@@ -77,17 +79,21 @@ def one_row(rows: Part) -> dict[str, Tensor]:
     return {n: t.cpu() for n, t in rows.select(torch.zeros(1, dtype=torch.int64, device=rows.device)).items()}
 
 
+_OF_TRAINING = frozenset(spec.name for spec in (*TRAINING, *CLASSIFICATION))
+
+
 def is_hparam_buffer(name: str, dynamic: frozenset[str]) -> bool:
-    """Whether a buffer is a hyperparameter (or its noise key) rather than something that training changes."""
+    """Whether a buffer is a hyperparameter of the model (or its noise key) rather than the model's own: one
+    that is called `eps` or `alpha` has nothing to do with the optimizer's."""
     leaf = name.rpartition(".")[2]
-    return leaf == "noise_key" or leaf in dynamic
+    return leaf == "noise_key" or (leaf in dynamic and leaf not in _OF_TRAINING)
 
 
 def set_hparams(model: nn.Module, hparams: HParams, dynamic: frozenset[str]) -> None:
     """Fills the model's hyperparameter buffers with these values."""
     for name, buffer in model.named_buffers():
         leaf = name.rpartition(".")[2]
-        if leaf in dynamic and leaf in hparams:
+        if is_hparam_buffer(name, dynamic) and leaf in hparams:
             buffer.fill_(float(hparams[leaf]))  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, Dropout):
@@ -135,14 +141,37 @@ def evaluate(
             else:
                 totals[name] = totals[name] + value if name in totals else value  # type: ignore[operator]
     model.train(was_training)
-    return dict(task.finalize({n: torch.cat(t) if isinstance(t, list) else t for n, t in totals.items()}))
+    return finalized(task, {n: torch.cat(t) if isinstance(t, list) else t for n, t in totals.items()})
+
+
+def finalized(task: Task, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The task's metrics from its sums, as Python's numbers: a task may return tensors or NumPy's."""
+    return {name: float(value) for name, value in task.finalize(sums).items()}
 
 
 def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype` on the device of the rows; nothing for None."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(rows.device.type, dtype=dtype)
+    """Autocast to `dtype` on the device of the rows (None: as they are), and for images `view` as a user
+    knows it: they are laid out channels-last."""
+    entered = contextlib.ExitStack()
+    if dtype is not None:
+        entered.enter_context(torch.autocast(rows.device.type, dtype=dtype))
+    if rows.has_images:
+        entered.enter_context(_Views())
+    return entered
+
+
+class _Views(TorchFunctionMode):
+    """`x.view(...)` where x lies in memory so that it cannot be: a copy, as of a tensor laid out as usual."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.view:
+            return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            return Tensor.reshape(*args, **(kwargs or {}))
 
 
 def norm_is_measured(index: int, batches: int) -> bool:

@@ -144,7 +144,7 @@ class CompiledStack(Stack):
 
     def _norms(self, grads: Mapping[str, Tensor]) -> Tensor:
         """(P,), over the stack as it lies: how sums round is the compiler's here."""
-        norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads.values()]
+        norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads.values()]
         norms_P: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return norms_P
 

@@ -53,7 +53,6 @@ class LoopTrainer:
         self.dynamic = task.dynamic_hparams
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
-        self._channels_last = any(t.dim() == 4 for t in data.train.first().values())
         self.programs = Programs() if programs is None else programs
         # By signature: the names in a model's state_dict, and under which of them the population has each.
         self._names: dict[str, dict[str, str]] = {}
@@ -68,8 +67,13 @@ class LoopTrainer:
 
     def build(self, hparams: HParams, trial: int) -> nn.Module:
         """The trial's untrained model on the device. Raises InfeasibleError where there is none."""
-        model = base.build(self.task, hparams, trial, self.seed, self.data.valid).to(self.device, self.dtype)
-        return model.to(memory_format=torch.channels_last) if self._channels_last else model
+        model = base.build(self.task, hparams, trial, self.seed, self.data.valid)
+        for name, parameter in model.named_parameters():
+            if parameter.is_complex():
+                rule = "parameters must be real; hold its real and imaginary parts (torch.view_as_complex)"
+                raise InfeasibleError(f"{name} is complex: {rule}")
+        model = model.to(self.device, self.dtype)
+        return model.to(memory_format=torch.channels_last) if self.data.train.has_images else model
 
     def traits(self, hparams: HParams, trial: int) -> frozenset[str]:
         """What of the trial's model decides how it trains fastest: some of `costs.TRAITS`."""

@@ -52,7 +52,8 @@ class Member:
         self.steps_left = 0  # with these hyperparameters, this epoch's included: whether tracing pays
         self.buffers = dict(self.model.named_buffers())
         self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
-        fixed = {n: t for n, t in {**self.buffers, **self.h_tensors}.items() if _leaf(n) in trainer.dynamic}
+        fixed = {n: t for n, t in self.buffers.items() if base.is_hparam_buffer(n, trainer.dynamic)}
+        fixed |= {n: t for n, t in self.h_tensors.items() if n in trainer.dynamic}
         self.constants = list(fixed.values())
         self.steady = [*self.constants, *(t for n, t in self.h_tensors.items() if n != "noise_key")]
         self.watched = [trainer.task, *self.model.modules()]
@@ -173,7 +174,7 @@ class Member:
 
     def _plain(self, params: Any, buffers: Any, h_tensors: Any, batch: Mapping[str, Tensor]) -> Any:
         """`_differentiate`, with plain autograd. The arguments are the model's own tensors and `tensors`."""
-        with base.cast(self.trainer.probe, self.trainer.autocast):
+        with torch.enable_grad(), base.cast(self.trainer.probe, self.trainer.autocast):
             loss = self.trainer.task.loss(self.model, batch, self.tensors)
         grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
         return loss.detach(), [optim.laid_out_as(p, g) for p, g in zip(self.params, grads, strict=True)]
@@ -217,7 +218,3 @@ class Member:
             self.views["sums"][name].copy_(tensor if batch else torch.zeros_like(tensor))
         self.population.step[self.i] = self.steps
         self.population.batch[self.i] = batch
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -89,9 +89,10 @@ class Program:
         if self._calls > 2 or self._run is None:
             return (self._run or function)(params, buffers, *rest)
         scratch = _copies(buffers)
-        own = [_copies(one) if isinstance(one, dict) else one.clone() for one in rest]  # it may write there
+        # It may write into all that it is given.
+        own = [_copies(one) if isinstance(one, dict) else one.clone() for one in (params, *rest)]
         repeat_draws = torch_bookmark(_devices(params))
-        found = self._run(params, scratch, *own)
+        found = self._run(own[0], scratch, *own[1:])
         repeat_draws()
         expected = function(params, buffers, *rest)
         if not _same((found, scratch), (expected, buffers)):

@@ -105,7 +105,11 @@ class Stack:
         )
         self.noisy = stateless_layers(self.module)
         leaves = {name: name.rpartition(".")[2] for name, _ in self.module.named_buffers()}
-        self.hparam_buffers = {name: leaf for name, leaf in leaves.items() if leaf in self.h}
+        self.hparam_buffers = {
+            name: leaf
+            for name, leaf in leaves.items()
+            if leaf in self.h and base.is_hparam_buffer(name, trainer.dynamic)
+        }
         for name, module in self.module.named_modules():
             if isinstance(module, Dropout) and module in self.noisy:
                 mine = self.hparam_buffers.get(f"{name}.dropout")
@@ -265,7 +269,7 @@ class Stack:
         norm_P = self._norms(grads)
         touched_P = norm_P > limit_P
         if self.clips_values:
-            largest_P = torch.stack([g.abs().flatten(1).amax(1) for g in grads.values()]).amax(0)
+            largest_P = torch.stack([g.abs().reshape(len(g), -1).amax(1) for g in grads.values()]).amax(0)
             touched_P = touched_P | (largest_P > value_P)
             for name, grad in grads.items():
                 largest = column(value_P, grad)
@@ -325,7 +329,7 @@ class Stack:
         }
         task = self.trainer.task
         return [
-            dict(task.finalize({n: t[row] for n, t in summed.items()})) for row in range(len(self.chosen))
+            base.finalized(task, {n: t[row] for n, t in summed.items()}) for row in range(len(self.chosen))
         ]
 
     def store(self, batch: int) -> None:

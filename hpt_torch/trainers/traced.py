@@ -105,13 +105,28 @@ def record(
     inputs = flat(arguments)
     with _Recorder(inputs) as recorder:
         returned = function(*arguments)
-    if branches(recorder.calls, {id(tensor) for tensor in constants}):
+    if branches(recorder.calls, {id(tensor) for tensor in constants}) or _writes_elsewhere(recorder, inputs):
         return None, returned
     results, spec = tree_flatten(recorder.known(returned))
     calls, results = without_idle_views(recorder.calls, results)
     calls, results = each_once(calls, results)
     calls = needed(calls, results, constants_of(calls))
     return Flat(calls, inputs, results, spec), returned
+
+
+def _writes_elsewhere(recorder: _Recorder, inputs: Sequence[Tensor]) -> bool:
+    """Whether an operation writes into a tensor that was there before and is not among the inputs, such as a
+    teacher's weights: a second run of it would change what only the first one should."""
+    ours, others = {_storage(tensor) for tensor in inputs}, set[int]()
+    for call in recorder.calls:
+        others |= {_storage(tensor) for tensor in tensors_in(call.arguments)} - ours
+        for argument, given in zip(call.op._schema.arguments, call.arguments[0], strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if any(_storage(tensor) in others for tensor in tensors_in(given)):
+                return True
+        ours |= {_storage(tensor) for tensor in tensors_in(call.outputs)} - others
+    return False
 
 
 def computed_bytes(function: Callable[[], Any]) -> int:

@@ -4,7 +4,9 @@ than tensors. They train as torch trains them, and are found again."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,9 +95,63 @@ class Stateful(nn.Module):
         return self.head(inputs)
 
 
-MODELS = [Layouts, Tied, Lazy, Sparse, InPlace, Stateful]
+class OwnAlpha(nn.Module):
+    """Buffers that are called as the optimizer's hyperparameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("alpha", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        self.register_buffer("eps", torch.tensor(0.01), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs * self.alpha + self.eps)
+
+
+class Shrinking(nn.Module):
+    """Writes into its weights at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.head.weight.mul_(0.9)
+        return self.head(inputs)
+
+
+class Teacher(nn.Module):
+    """Frozen weights that follow the learned ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.teacher = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.teacher.weight.mul_(0.9).add_(0.1 * self.head.weight)
+        return self.head(inputs) + self.teacher(inputs)
+
+
+class Hooked(nn.Module):
+    """Half of the gradient of its weights is masked by a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.head.weight.register_hook(lambda grad: grad * torch.tensor([1.0, 0.0, 1.0, 0.0]).to(grad))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs)
+
+
+MODELS = [Layouts, Tied, Lazy, Sparse, InPlace, Stateful, OwnAlpha, Shrinking, Teacher, Hooked]
 CASES = [(kind, engine) for kind in MODELS for engine in (LoopTrainer, FusedTrainer)]
-CASES.remove((Sparse, FusedTrainer))  # cannot be mapped: the planner sends it to the loop
+for cannot_be_mapped in (Sparse, Hooked):  # the planner sends them to the loop
+    CASES.remove((cannot_be_mapped, FusedTrainer))
 
 
 def _task(model: type[nn.Module]) -> Classification:
@@ -152,3 +208,84 @@ def test_a_search_ends_with_the_model_that_it_scored(tmp_path: Path, kind: type[
     valid = task.data().valid
     found = base.evaluate(task, result.best_model(), valid)["accuracy"]
     assert found == pytest.approx(result.best.metrics["valid/accuracy"])
+
+
+def test_a_hook_on_a_gradient_is_not_overlooked() -> None:
+    task = _task(Hooked)
+    hparams = {name: spec.default for name, spec in task.hparam_specs().items()}
+    fused = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
+    assert fused.why_not(fused.init([0, 1], [hparams, hparams])) == "a hook on the gradient of head.weight"
+
+
+class Viewing(nn.Module):
+    """As many CNNs are written: `view` does not go with memory that is laid out channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(36, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        maps = nn.functional.max_pool2d(torch.relu(self.conv(inputs)), 2)
+        return self.head(maps.view(maps.size(0), -1))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("engine", ["loop", "fused"])
+def test_a_cnn_may_view_its_maps_as_rows(tmp_path: Path, engine: str, channels: int) -> None:
+    x = torch.randn(60, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), Viewing()) if channels == 1 else Viewing()
+    task = Classification(lambda: copy.deepcopy(model), split(x, (x.mean((1, 2, 3)) > 0).long(), seed=0))
+    space = {"lr": hpt.Float(1e-3, 1e-1)}
+    given = {"sampler": "random", "engine": engine, "run_dir": tmp_path / "run"}
+    result = hpt.tune(task, space, trials=2, epochs=3, **given)
+    assert [trial.state for trial in result.trials] == [hpt.TrialState.COMPLETE] * 2
+    found = base.evaluate(task, result.best_model(), task.data().valid)["accuracy"]
+    assert found == pytest.approx(result.best.metrics["valid/accuracy"])
+
+
+class Remembered(nn.Module):
+    """Knows its dropout by two names, and reads its rate."""
+
+    def __init__(self, sizes: tuple[int, ...] = (6,)) -> None:
+        super().__init__()
+        assert isinstance(sizes, tuple), "as it was declared"
+        (hidden,) = sizes
+        self.first, self.drop, self.head = nn.Linear(4, hidden), nn.Dropout(0.5), nn.Linear(hidden, 3)
+        self.steps = [self.first, self.drop, self.head]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert self.drop.p == 0.5
+        for step in self.steps:
+            inputs = step(inputs)
+        return inputs
+
+
+class Rounded(Classification):
+    def finalize(self, sums: Any) -> Any:
+        return {name: torch.tensor(value) for name, value in super().finalize(sums).items()}
+
+
+def test_dropout_by_another_name_rests_where_a_model_is_evaluated(tmp_path: Path) -> None:
+    task = Rounded(Remembered, _task(Tied).data())
+    space = {"lr": hpt.Float(1e-3, 1e-1)}
+    result = hpt.tune(task, space, trials=2, epochs=2, sampler="random", run_dir=tmp_path / "run")
+    model, rows = result.best_model(), task.data().valid
+    assert isinstance(rows, Rows)
+    first, second = (model(rows.tensors["inputs"]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert base.evaluate(task, model, rows)["loss"] == pytest.approx(result.best.metrics["valid/loss"])
+
+
+def test_complex_parameters_are_refused(tmp_path: Path) -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.cfloat))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return (inputs.to(torch.cfloat) @ self.weight).real
+
+    task = Classification(Complex, _task(Tied).data())
+    result = hpt.tune(task, {"lr": hpt.Float(1e-3, 1e-1)}, trials=2, epochs=1, run_dir=tmp_path / "run")
+    assert {trial.state for trial in result.trials} == {hpt.TrialState.INFEASIBLE}
+    assert result.trials[0].reason.startswith("weight is complex: parameters must be real")

@@ -8,7 +8,7 @@ A key that begins with ``each_`` is not a sum: its rows are put one after anothe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,11 @@ def cross_entropy(
     class_weights_C: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy, shape (). As ``F.cross_entropy``, whose label_smoothing takes no tensor."""
+    logits_BC, targets_B = _rows(logits_BC, targets_B)
     known = constant(label_smoothing)
     if known is not None:
-        classes_first = logits_BC.reshape(-1, logits_BC.shape[-1])
-        return F.cross_entropy(classes_first, targets_B.reshape(-1), class_weights_C, label_smoothing=known)
-    targets_B = targets_B.reshape(-1)
-    log_probs_CB, nll_B = _log_probs(logits_BC.reshape(-1, logits_BC.shape[-1]), targets_B)
+        return F.cross_entropy(logits_BC, targets_B, class_weights_C, label_smoothing=known)
+    log_probs_CB, nll_B = _log_probs(logits_BC, targets_B)
     classes = logits_BC.shape[-1]
     if class_weights_C is None:
         return (1 - label_smoothing) * nll_B.mean() - label_smoothing * log_probs_CB.mean()
@@ -66,6 +65,32 @@ def cross_entropy(
     total = weights_B.sum()
     nll = (nll_B * weights_B).sum() / total
     return (1 - label_smoothing) * nll + label_smoothing / classes * smooth_B.sum() / total
+
+
+def aligned(targets: Tensor, output: Tensor) -> Tensor:
+    """The targets in the shape of the output: they may differ in dimensions of 1, and either may have all
+    but the first dimension flattened. Raises ValueError where that does not tell which belongs to which."""
+    if _beyond_one(targets.shape) != _beyond_one(output.shape):
+        flattened = min(targets.dim(), output.dim()) <= 2 and targets.shape[:1] == output.shape[:1]
+        if not flattened or targets.numel() != output.numel():
+            raise ValueError(_unlike(output.shape, targets.shape, "it must return the shape of the targets"))
+    return targets.reshape(output.shape)
+
+
+def _beyond_one(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _unlike(output: Sequence[int], targets: Sequence[int], rule: str) -> str:
+    return f"the model returns {tuple(output)} for targets {tuple(targets)}: {rule}"
+
+
+def _rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits (B, C), targets (B,)) of logits and targets of any leading dimensions, which must be equal."""
+    if _beyond_one(logits.shape[:-1]) != _beyond_one(targets.shape):
+        rule = "it must return a number for each class, classes last"
+        raise ValueError(_unlike(logits.shape, targets.shape, rule))
+    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
 
 
 def _log_probs(logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +137,7 @@ def regression_loss(
 def classification_sums(logits_BC: Tensor, targets_B: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     """rows, summed cross-entropy, correct answers, and what the named metrics need beyond them."""
     wanted, classes = frozenset(names), logits_BC.shape[-1]
-    logits_BC, targets_B = logits_BC.reshape(-1, classes), targets_B.reshape(-1)
+    logits_BC, targets_B = _rows(logits_BC, targets_B)
     _, losses_B = _log_probs(logits_BC, targets_B)
     guesses_B = logits_BC.argmax(dim=-1)
     sums = {

@@ -198,7 +198,7 @@ class Regression(Supervised):
     known_metrics = m.REGRESSION
 
     def _expected(self, batch: Batch, output: Tensor) -> Tensor:
-        return batch["targets"].reshape(output.shape)
+        return m.aligned(batch["targets"], output)
 
     def loss(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any]) -> Tensor:
         output = self.forward(model, batch, hparams)
@@ -208,8 +208,9 @@ class Regression(Supervised):
 
     def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         output = self.forward(model, batch)
-        expected = self._expected(batch, output)
-        return m.regression_sums(output, expected, m.regression_loss("mse", output, expected))
+        expected, rows = self._expected(batch, output), len(next(iter(batch.values())))
+        loss = m.regression_loss("mse", output, expected)
+        return m.regression_sums(output.reshape(rows, -1), expected.reshape(rows, -1), loss)
 
     def finalize(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
         return m.regression_metrics(sums)
@@ -227,7 +228,7 @@ class Reconstruction(Regression):
     own_hparams = h.RECONSTRUCTION
 
     def _expected(self, batch: Batch, output: Tensor) -> Tensor:
-        return batch["inputs"].reshape(output.shape)
+        return m.aligned(batch["inputs"], output)
 
 
 # -- recipes -------------------------------------------------------------------------------------------

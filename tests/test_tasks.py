@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from sklearn import metrics as sk
 from torch import Tensor, nn
 
-from hpt_torch import tasks
+from hpt_torch import metrics, tasks
 from hpt_torch.data import DATASETS, Data, Rows, split
 from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
 from hpt_torch.seeding import generator
 from hpt_torch.task import Task
 from hpt_torch.tasks import Classification, Reconstruction, Regression, Supervised, from_names
+from hpt_torch.trainers import base
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.types import HParams, InfeasibleError, Objective, TaskError
 
@@ -568,3 +570,44 @@ def test_a_task_that_defines_nothing_says_what_is_missing() -> None:
     ):
         with pytest.raises(TypeError, match=re.escape(f"_Mine must define {name}")):
             call()
+
+
+@pytest.mark.parametrize(
+    ("output", "targets"),
+    [((6,), (6, 1)), ((6, 1), (6,)), ((), (1,)), ((6, 4), (6, 2, 2)), ((6, 2, 2), (6, 4))],
+)
+def test_targets_are_aligned_with_outputs(output: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    values = torch.arange(math.prod(targets)).reshape(targets)
+    assert torch.equal(metrics.aligned(values, torch.empty(output)), values.reshape(output))
+
+
+@pytest.mark.parametrize(("output", "targets"), [((3, 6), (6, 3)), ((6, 3, 5), (6, 5, 3)), ((6, 2), (6,))])
+def test_what_does_not_belong_together_is_refused(output: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"the model returns \(.*\) for targets \(.*\): it must return"):
+        metrics.aligned(torch.zeros(targets), torch.empty(output))
+
+
+def test_logits_have_the_rows_of_their_targets() -> None:
+    targets = torch.zeros(4, 3, dtype=torch.int64)
+    for logits in (torch.zeros(3, 4, 5), torch.zeros(4, 5, 3)):
+        with pytest.raises(ValueError, match="a number for each class, classes last"):
+            metrics.cross_entropy(logits, targets)
+        with pytest.raises(ValueError, match="a number for each class, classes last"):
+            metrics.classification_sums(logits, targets, ())
+    assert float(metrics.cross_entropy(torch.zeros(4, 3, 5), targets)) == pytest.approx(math.log(5))
+
+
+def test_a_last_batch_of_one_row_may_lose_its_dimension() -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layer(inputs).squeeze()
+
+    task = Regression(Squeezed, split(torch.randn(20, 3), torch.randn(20), seed=0))
+    model, count = Squeezed(), base.EVALUATION_BATCH + 1
+    rows = Rows({"inputs": torch.randn(count, 3), "targets": torch.randn(count)})
+    expected = nn.functional.mse_loss(model(rows.tensors["inputs"]), rows.tensors["targets"])
+    assert base.evaluate(task, model, rows)["mse"] == pytest.approx(float(expected.detach()))

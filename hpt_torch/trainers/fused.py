@@ -20,6 +20,7 @@ from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
 from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.trainers.member import Member
 from hpt_torch.trainers.stack import Stack
 from hpt_torch.trainers.traced import computed_bytes
 from hpt_torch.types import Report
@@ -152,6 +153,10 @@ class FusedTrainer(LoopTrainer):
                 stack.begin_epoch(0, 1)
                 stack.step(rows, 0)
                 stack.evaluate(Rows(rows))
+            alone = Member(self, population.copy(), 0)
+            alone.step(rows, 1.0, 0)
+            if alone.replaced:
+                return f"it puts another tensor in the place of its buffer {alone.replaced}; write into it"
         except Exception as error:  # whatever the user's module does that cannot be mapped
             text = str(error).strip().splitlines()
             return f"{type(error).__name__}: {text[0] if text else 'no message'}"

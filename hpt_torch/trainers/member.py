@@ -51,6 +51,7 @@ class Member:
         self.batches = 1  # of the epoch
         self.steps_left = 0  # with these hyperparameters, this epoch's included: whether tracing pays
         self.buffers = dict(self.model.named_buffers())
+        self.replaced = ""  # a buffer in whose place the model puts another tensor
         self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
         fixed = {n: t for n, t in self.buffers.items() if base.is_hparam_buffer(n, trainer.dynamic)}
         fixed |= {n: t for n, t in self.h_tensors.items() if n in trainer.dynamic}
@@ -176,8 +177,19 @@ class Member:
         """`_differentiate`, with plain autograd. The arguments are the model's own tensors and `tensors`."""
         with torch.enable_grad(), base.cast(self.trainer.probe, self.trainer.autocast):
             loss = self.trainer.task.loss(self.model, batch, self.tensors)
+        self._take_back_buffers()
         grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
         return loss.detach(), [optim.laid_out_as(p, g) for p, g in zip(self.params, grads, strict=True)]
+
+    def _take_back_buffers(self) -> None:
+        """Writes into a buffer what the model has put in its place (``self.mean = 0.9 * self.mean``)."""
+        for name, tensor in list(self.model.named_buffers()):
+            mine = self.buffers.get(name)
+            if mine is not None and tensor is not mine:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, mine)
+                mine.copy_(tensor.detach())
+                self.replaced = name
 
     # -- between steps ---------------------------------------------------------------------------------
 

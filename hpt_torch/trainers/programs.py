@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hpt_torch.seeding import torch_bookmark
@@ -14,6 +16,7 @@ from hpt_torch.trainers.traced import trace
 
 TRACE_FROM = 8  # calls that are left: tracing and its check cost as much as two of them
 _MOST_PROGRAMS = 64
+_MOST_WATCHED = 1000  # of a list or dict
 
 
 class Programs:
@@ -123,13 +126,23 @@ def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain(watched: Iterable[object]) -> list[dict[str, Any]]:
-    """The objects' attributes that are numbers and the like."""
-    kinds = (bool, int, float, str, tuple, type(None))
-    return [
-        {name: value for name, value in vars(one).items() if isinstance(value, kinds)}
-        for one in watched
-        if hasattr(one, "__dict__")
-    ]
+    """The objects' attributes that are numbers and the like, also in dicts, lists and objects."""
+    objects = [vars(one) for one in watched if hasattr(one, "__dict__")]
+    return [{name: _plain(value) for name, value in own.items()} for own in objects]
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """A copy of what of the value can be compared; None for the rest."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if depth == 0 or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+        return None
+    if isinstance(value, Mapping):
+        return [(name, _plain(one, depth - 1)) for name, one in islice(value.items(), _MOST_WATCHED)]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return [_plain(one, depth - 1) for one in islice(value, _MOST_WATCHED)]
+    own = vars(value) if hasattr(value, "__dict__") else {}
+    return {name: _plain(one, depth - 1) for name, one in own.items()}
 
 
 def _devices(tensors: Any) -> list[torch.device]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -103,15 +104,29 @@ def record(
     The former is None where the function reads the values of other tensors than `constants`.
     """
     inputs = flat(arguments)
-    with _Recorder(inputs) as recorder:
+    with _Recorder(inputs) as recorder, _Reads() as reads:
         returned = function(*arguments)
-    if branches(recorder.calls, {id(tensor) for tensor in constants}) or _writes_elsewhere(recorder, inputs):
+    if (
+        reads.found
+        or branches(recorder.calls, {id(tensor) for tensor in constants})
+        or _writes_elsewhere(recorder, inputs)
+    ):
         return None, returned
     results, spec = tree_flatten(recorder.known(returned))
     calls, results = without_idle_views(recorder.calls, results)
     calls, results = each_once(calls, results)
     calls = needed(calls, results, constants_of(calls))
     return Flat(calls, inputs, results, spec), returned
+
+
+class _Reads(TorchFunctionMode):
+    """Notes where values of tensors are read that no recorded operation shows."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or func in (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+        return func(*args, **(kwargs or {}))
 
 
 def _writes_elsewhere(recorder: _Recorder, inputs: Sequence[Tensor]) -> bool:

@@ -5,6 +5,7 @@ than tensors. They train as torch trains them, and are found again."""
 from __future__ import annotations
 
 import copy
+import types
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,52 @@ class Hooked(nn.Module):
         return self.head(inputs)
 
 
+class Rebinding(nn.Module):
+    """Puts a new tensor in the place of a buffer at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * (inputs + 5).mean(0)
+        return self.head(inputs + 5 - self.mean)
+
+
+class Counting(nn.Module):
+    """Does something else from its fifth step on: the count is in a dict, and in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.counts, self.state = nn.Linear(4, 3), {"steps": 0}, types.SimpleNamespace(steps=0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.counts["steps"] += 1
+            self.state.steps += 1
+        early = self.counts["steps"] < 5 and self.state.steps < 5
+        return self.head(inputs) * (1.0 if early else 0.1)
+
+
+class Reading(nn.Module):
+    """Branches on values that it reads in a way that no operation shows; only some batches are unlike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.state = nn.Linear(4, 3), (torch.zeros(3), torch.zeros(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        largest = max(inputs[:, 0].tolist()), float(inputs[:, 1].detach().numpy().max())
+        self.state = (self.state[0], torch.ones(3))
+        return self.head(inputs) * (3.0 if max(largest) > 2.0 else 1.0)
+
+
 MODELS = [Layouts, Tied, Lazy, Sparse, InPlace, Stateful, OwnAlpha, Shrinking, Teacher, Hooked]
+MODELS += [Rebinding, Counting, Reading]
 CASES = [(kind, engine) for kind in MODELS for engine in (LoopTrainer, FusedTrainer)]
-for cannot_be_mapped in (Sparse, Hooked):  # the planner sends them to the loop
+for cannot_be_mapped in (Sparse, Hooked, Rebinding, Counting, Reading):  # the planner sends them to the loop
     CASES.remove((cannot_be_mapped, FusedTrainer))
 
 

@@ -242,7 +242,10 @@ class Data:
 
 def digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride(0) != 1:  # one number out of a row of many counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    digest.update(flat.view(torch.uint8).numpy().tobytes())
 
 
 def layout(tensor: Tensor) -> torch.memory_format:

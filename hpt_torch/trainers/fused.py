@@ -13,6 +13,9 @@ import time
 import warnings
 from collections.abc import Callable, Hashable
 
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
 from hpt_torch.data import Rows
 from hpt_torch.hparams import signature
 from hpt_torch.machine import denormals_are_zero
@@ -143,21 +146,38 @@ class FusedTrainer(LoopTrainer):
         for name, parameter in module.named_parameters():
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
                 return f"a hook on the gradient of {name}"
+        kept = _kept_tensors(module)
+        if inner := [name for name, value in kept.items() if isinstance(value, nn.Parameter)]:
+            return f"{inner[0]} is a parameter that the module reaches otherwise than by its name"
         rows = self.data.train.slice(0, min(2, len(self.data.train)))
         copy = population.copy()
         try:
             with warnings.catch_warnings():
                 # torch warns where an operation has no batching rule and falls back to a slow loop.
                 warnings.filterwarnings("error", message=".*batching rule.*")
+                alone = Member(self, population.copy(), 0)
+                alone.step(rows, 1.0, 0)
+                now = _kept_tensors(module)
+                changed = [alone.replaced, *(n for n in kept | now if kept.get(n) is not now.get(n))]
+                if replaced := next(filter(None, changed), ""):
+                    return f"it puts another tensor in the place of {replaced}; write into it"
                 stack = Stack(self, copy, list(range(len(copy))))
                 stack.begin_epoch(0, 1)
                 stack.step(rows, 0)
                 stack.evaluate(Rows(rows))
-            alone = Member(self, population.copy(), 0)
-            alone.step(rows, 1.0, 0)
-            if alone.replaced:
-                return f"it puts another tensor in the place of its buffer {alone.replaced}; write into it"
         except Exception as error:  # whatever the user's module does that cannot be mapped
             text = str(error).strip().splitlines()
             return f"{type(error).__name__}: {text[0] if text else 'no message'}"
         return None
+
+
+def _kept_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that modules have as plain attributes, or in lists and dicts of their own."""
+    found = {}
+    for path, one in module.named_modules():
+        for name, value in vars(one).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for i, leaf in enumerate(tree_leaves(value)):
+                    if isinstance(leaf, Tensor):
+                        found[f"{path}.{name}[{i}]".lstrip(".")] = leaf
+    return found

@@ -191,10 +191,44 @@ class Reading(nn.Module):
         return self.head(inputs) * (3.0 if max(largest) > 2.0 else 1.0)
 
 
+class Aliased(nn.Module):
+    """Keeps a parameter in a list as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.aliases = [self.head.weight]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs) * self.aliases[0].abs().mean()
+
+
+class Averaging(nn.Module):
+    """Keeps the average of its outputs as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.average = torch.zeros(3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = self.head(inputs)
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * output.detach().mean(0)
+        return output - self.average.to(output)
+
+
 MODELS = [Layouts, Tied, Lazy, Sparse, InPlace, Stateful, OwnAlpha, Shrinking, Teacher, Hooked]
-MODELS += [Rebinding, Counting, Reading]
+MODELS += [Rebinding, Counting, Reading, Aliased]
 CASES = [(kind, engine) for kind in MODELS for engine in (LoopTrainer, FusedTrainer)]
-for cannot_be_mapped in (Sparse, Hooked, Rebinding, Counting, Reading):  # the planner sends them to the loop
+for cannot_be_mapped in (
+    Sparse,
+    Hooked,
+    Rebinding,
+    Counting,
+    Reading,
+    Aliased,
+):  # the planner sends them to the loop
     CASES.remove((cannot_be_mapped, FusedTrainer))
 
 
@@ -254,11 +288,20 @@ def test_a_search_ends_with_the_model_that_it_scored(tmp_path: Path, kind: type[
     assert found == pytest.approx(result.best.metrics["valid/accuracy"])
 
 
-def test_a_hook_on_a_gradient_is_not_overlooked() -> None:
-    task = _task(Hooked)
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Hooked, "a hook on the gradient of head.weight"),
+        (Aliased, "aliases[0] is a parameter that the module reaches otherwise than by its name"),
+        (Rebinding, "it puts another tensor in the place of mean; write into it"),
+        (Averaging, "it puts another tensor in the place of average[0]; write into it"),
+    ],
+)
+def test_what_would_go_wrong_together_is_trained_one_by_one(kind: type[nn.Module], why: str) -> None:
+    task = _task(kind)
     hparams = {name: spec.default for name, spec in task.hparam_specs().items()}
     fused = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
-    assert fused.why_not(fused.init([0, 1], [hparams, hparams])) == "a hook on the gradient of head.weight"
+    assert fused.why_not(fused.init([0, 1], [hparams, hparams])) == why
 
 
 class Viewing(nn.Module):

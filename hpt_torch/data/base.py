@@ -201,6 +201,9 @@ class Data:
                     f"{name} must be a hpt_torch.Rows or a hpt_torch.Stream, got a {type(part).__name__}; "
                     "hpt_torch.Stream(dataset) reads a torch data set (of a DataLoader: `loader.dataset`)"
                 )
+            if part is not None and len(part) == 0:
+                remedy = "give it some, or None" if name == "holdout" else "give it some"
+                raise TaskError(f"{name} has no rows; {remedy}")
         if (self.mean is None) != (self.std is None):
             raise TaskError("mean and std must be given together; give both or neither")
 

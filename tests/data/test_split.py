@@ -218,3 +218,11 @@ def test_mean_without_std_is_refused() -> None:
     rows = Rows({"inputs": torch.zeros(2, 1)})
     with pytest.raises(TaskError, match="mean and std must be given together"):
         Data(train=rows, valid=rows, mean=torch.zeros(1))
+
+
+@pytest.mark.parametrize("empty", ["train", "valid", "holdout"])
+def test_a_part_without_rows_is_refused(empty: str) -> None:
+    names = ("train", "valid", "holdout")
+    parts = {name: Rows({"inputs": torch.zeros(0 if name == empty else 3, 2)}) for name in names}
+    with pytest.raises(TaskError, match=f"{empty} has no rows; give it some"):
+        Data(**parts, out_features=2)

@@ -153,6 +153,7 @@ class FusedTrainer(LoopTrainer):
         copy = population.copy()
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the module's own, which it gives when it is trained
                 # torch warns where an operation has no batching rule and falls back to a slow loop.
                 warnings.filterwarnings("error", message=".*batching rule.*")
                 alone = Member(self, population.copy(), 0)

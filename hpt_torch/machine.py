@@ -34,12 +34,13 @@ def settings_restored() -> Iterator[None]:
     """Afterwards torch is set in this process as it was: threads, the CPU's generator, which kernels."""
     go_back, threads = torch_bookmark(), torch.get_num_threads()
     deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         yield
     finally:
         go_back()
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpt_torch.data import split
-from hpt_torch.machine import are_denormals_zero, denormals_are_zero
+from hpt_torch.machine import are_denormals_zero, denormals_are_zero, settings_restored
 from hpt_torch.tasks import Classification
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
@@ -63,3 +63,15 @@ def test_what_was_set_before_stays_set() -> None:
 def test_the_threads_of_a_run_treat_denormals_alike() -> None:
     done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
+
+
+@pytest.mark.parametrize("warn_only", [True, False])
+def test_a_caller_who_wants_warnings_only_still_gets_no_more(warn_only: bool) -> None:
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        with settings_restored():
+            torch.use_deterministic_algorithms(not warn_only)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -16,6 +16,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,7 +140,7 @@ def torture(name: str, kills: int, seed: int, folder: Path, *, fast: bool) -> Re
     forks = CASES[name]["executor"] == "processes"
     targets = ("group", "coordinator", "worker") if forks else ("group",)
     planned = step_lives(peace.steps, kills // 3, targets, draw)
-    while sum(result.targets.values()) < kills and result.lives < 3 * kills + 10:
+    while _too_few(result, kills, targets) and result.lives < 3 * kills + 10:
         drawn = planned.pop(0) if planned else instant_life(peace.seconds, targets, draw)
         where = folder / name / f"life-{result.lives}"
         life = live(recipe, where, drawn, fast=fast)
@@ -148,6 +149,12 @@ def torture(name: str, kills: int, seed: int, folder: Path, *, fast: bool) -> Re
         if not failures:
             shutil.rmtree(where)
     return result
+
+
+def _too_few(result: Result, kills: int, targets: Sequence[str]) -> bool:
+    """Some come too late to kill anything; where there are kills enough for it, each target gets one."""
+    missed = kills >= len(targets) and any(not result.targets[target] for target in targets)
+    return missed or sum(result.targets.values()) < kills
 
 
 def _misnamed(name: str, run: Path) -> list[str]:

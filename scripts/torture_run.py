@@ -144,6 +144,8 @@ def live(recipe: Path, folder: Path, kills: Sequence[Kill], *, fast: bool) -> Li
         hit = False
         if kill is not None and not kill.step and process.wait(kill.seconds) is None:
             hit = torture_hook.kill(process.pid, kill.target)
+            while not hit and kill.target == "worker" and process.wait(0.01) is None:
+                hit = torture_hook.kill(process.pid, kill.target)  # none was there yet
         code = process.wait(HANG_SECONDS)
         life.seconds = time.monotonic() - start
         lines = log.read_text().splitlines() if log.exists() else []

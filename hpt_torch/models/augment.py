@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpt_torch.models.layers import hash_bits
+from hpt_torch.models.noise import hash_bits
 
 _STREAM = 0x3C6EF35F  # the noise key itself is nobody's stream; this makes it ours
 

@@ -9,7 +9,6 @@ belong to a trial's hyperparameters, not to its weights.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hpt_torch.models.noise import hash_bits, inside_transform, stream_key
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -71,61 +72,6 @@ class Dropout(nn.Module):
         return f"dropout={float(self.dropout):g}"
 
 
-def hash_bits(key: Tensor, count: int, device: torch.device) -> Tensor:
-    """16 random bits for each of `count` elements: int32 in [0, 2**16), shape (count,). key: int32, shape ().
-
-    A counter-based generator in the manner of Salmon et al. 2011 ("Parallel random numbers: as easy as 1,
-    2, 3"), with the 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector) as its mixing function.
-    """
-    words = _counters((count + 1) // 2, device) ^ key  # each gives two elements their bits
-    low, half, c = _word(0xFFFF, device), _word(16, device), _word
-    # The masks make an arithmetic shift a logical one.
-    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, 0x846CA68B)):
-        words.bitwise_xor_((words >> c(shift, device)).bitwise_and_(c(mask, device))).mul_(c(factor, device))
-    high = (words >> half).bitwise_and_(low)
-    return torch.cat((words.bitwise_xor_(high).bitwise_and_(low), high))[:count]
-
-
-def _counters(count: int, device: torch.device) -> Tensor:
-    return _plain(_make_counters, count, device)
-
-
-def _word(value: int, device: torch.device) -> Tensor:
-    """A constant as a tensor: a Python number would be converted again at every operation."""
-    return _plain(_make_word, value, device)
-
-
-def _plain(make: Any, *arguments: Any) -> Tensor:
-    """From the cache; inside a transform made anew, since what is made there does not outlive it."""
-    fresh = torch.compiler.is_compiling() or inside_transform()
-    made: Tensor = make.__wrapped__(*arguments) if fresh else make(*arguments)
-    return made
-
-
-@functools.lru_cache(maxsize=64)
-def _make_counters(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
-
-
-@functools.lru_cache(maxsize=64)
-def _make_word(value: int, device: torch.device) -> Tensor:
-    return torch.tensor(_signed(value), dtype=torch.int32, device=device)
-
-
-def _signed(value: int) -> int:
-    """The signed 32-bit integer with these bits."""
-    value &= 0xFFFFFFFF
-    return value - 2**32 if value >= 2**31 else value
-
-
-def stream_key(key: int, stream: int) -> int:
-    """The key of one stream of noise (a layer, say) from that of the whole step: a signed 32-bit integer."""
-    x = (key + 0x9E3779B9 * (stream + 1)) & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return _signed(x ^ (x >> 16))
-
-
 def stateless_layers(model: nn.Module) -> list[Dropout]:
     return [module for module in model.modules() if isinstance(module, Dropout) and module.layer is not None]
 
@@ -144,16 +90,6 @@ def constant(value: Tensor | float) -> float | None:
     if value.device.type != "cpu" or torch.compiler.is_compiling() or inside_transform():
         return None
     return float(value)
-
-
-def inside_transform() -> bool:
-    """Whether torch.func (vmap, grad, ...) is transforming the running code."""
-    functorch = getattr(torch._C, "_functorch", None)
-    # torch has no public way to ask. Of the private ones this is the one that torch.compile can trace; should
-    # it go, the forms that can be mapped are right everywhere.
-    if functorch is None or not hasattr(functorch, "get_dynamic_layer_stack_depth"):
-        return True
-    return bool(functorch.get_dynamic_layer_stack_depth())
 
 
 def make_stateless(model: nn.Module) -> nn.Module:

@@ -7,12 +7,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpt_torch.models.layers import Dropout, check_choice, check_positive, init_weights, inside_transform
+from hpt_torch.models.layers import Dropout, check_choice, check_positive, init_weights
+from hpt_torch.models.noise import inside_transform
 from hpt_torch.models.recurrent_kernels import GRULayer, TanhLayer
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -228,8 +230,16 @@ def _run_cpu(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
     return y_TBH
 
 
-def run_steps(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
-    """As `run_native`, as a loop of matmuls, which torch.func can map.
+def run_steps(cell: str, x_TBF: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """As `run_native`, as a loop of matmuls, which torch.func can map."""
+    return _unrolled(cell, x_TBF, weights)[0]
+
+
+def _unrolled(
+    cell: str, x_TBF: Tensor, weights: Sequence[Tensor], start: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """(states (T, B, H), the last state (B, H), of the LSTM also its last cell state). cell: of `GATES`, or
+    rnn_relu. start: the first state, and cell state, instead of zeros.
 
     The inputs of all steps are projected in one matmul, with those biases that are merely added.
     """
@@ -241,12 +251,13 @@ def run_steps(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
         bias_hh = F.pad(bias_hh[: 2 * size], (0, size))
     # Folded to two dimensions, which spares vmap a copy of the weights for each step.
     x_TBG = F.linear(x_TBF.reshape(steps * batch, -1), weight_ih, bias_ih + bias_hh).view(steps, batch, -1)
-    h = c = x_TBG.new_zeros(batch, size)
+    h, c = start if len(start) == 2 else [*start, *start] or [x_TBG.new_zeros(batch, size)] * 2
     states = []
     # unbind, not indices: the gradient of each index would be a tensor of all steps.
-    if cell == "rnn":
+    if cell in ("rnn", "rnn_relu"):
+        activation = torch.tanh if cell == "rnn" else torch.relu
         for x in x_TBG.unbind(0):
-            h = torch.tanh(x + F.linear(h, weight_hh))
+            h = activation(x + F.linear(h, weight_hh))
             states.append(h)
     elif cell == "gru":
         x_gates, x_new = torch.split(x_TBG, [2 * size, size], -1)
@@ -263,7 +274,38 @@ def run_steps(cell: str, x_TBF: Tensor, weights: list[Tensor]) -> Tensor:
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
             states.append(h)
-    return torch.stack(states)
+    return (torch.stack(states), h, c) if cell == "lstm" else (torch.stack(states), h)
+
+
+def run_layer(
+    cell: str,
+    x: Tensor,
+    start: Any,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """One layer of ``torch.gru``, ``torch.lstm`` and the like, with their arguments, as `run_steps` does it:
+    (states (T, B, D * H), last states (D, B, H), ...). NotImplemented for an LSTM with projections."""
+    each, starts = len(weights) // (2 if bidirectional else 1), start if cell == "lstm" else (start,)
+    if each not in (2, 4) or layers != 1:
+        return NotImplemented
+    x_TBF = x.transpose(0, 1) if batch_first else x
+    found = []
+    for direction in range(2 if bidirectional else 1):
+        mine = list(weights[direction * each : (direction + 1) * each])
+        if not has_biases:
+            mine += [mine[0].new_zeros(len(mine[0]))] * 2
+        ahead = x_TBF.flip(0) if direction else x_TBF
+        y, *last = _unrolled(cell, ahead, mine, [s[direction] for s in starts])
+        found.append((y.flip(0) if direction else y, *last))
+    y_TBH, *ends = zip(*found, strict=True)
+    y = torch.cat(y_TBH, -1)
+    return (y.transpose(0, 1) if batch_first else y, *(torch.stack(each) for each in ends))
 
 
 def reverse(x_TBF: Tensor, lengths: Tensor | None) -> Tensor:

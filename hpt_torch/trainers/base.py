@@ -19,6 +19,7 @@ from hpt_torch.hparams import CLASSIFICATION, TRAINING
 from hpt_torch.models.layers import Dropout, make_stateless
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
+from hpt_torch.trainers.draws import Draws
 from hpt_torch.types import HParams, Report
 
 EVALUATION_BATCH = 1024
@@ -132,8 +133,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals: dict[str, Tensor | list[Tensor]] = {}
-    for _, batch in rows.batches(None, EVALUATION_BATCH):
-        with cast(rows, autocast):
+    for index, batch in rows.batches(None, EVALUATION_BATCH):
+        with Draws(evaluation_key(index, rows.device)), cast(rows, autocast):
             sums = task.metrics(model, batch)
         for name, value in sums.items():
             if name.startswith("each_"):
@@ -158,6 +159,14 @@ def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextMan
     if rows.has_images:
         entered.enter_context(_Views())
     return entered
+
+
+def evaluation_key(index: int, device: torch.device) -> Tensor:
+    """The noise key of a batch in evaluation: the same for all members, and at all times."""
+    return torch.tensor(batch_key(_EVALUATION, index), dtype=torch.int32, device=device)
+
+
+_EVALUATION = 0x5EED
 
 
 class _Views(TorchFunctionMode):

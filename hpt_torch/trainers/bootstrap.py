@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hpt_torch.data import Part
 from hpt_torch.seeding import generator
 from hpt_torch.task import Task
-from hpt_torch.trainers.base import cast
+from hpt_torch.trainers.base import cast, evaluation_key
+from hpt_torch.trainers.draws import Draws
 
 BLOCKS = 500  # of rows; whole ones are drawn, which is nearly as good as single rows, for any task's metrics
 _RESAMPLES, _RESAMPLES_OF_ROWS = 1000, 200  # the second where a metric needs each row again
@@ -31,8 +32,9 @@ def intervals(
     was_training = model.training
     model.eval()
     blocks: list[dict[str, Tensor]] = []
-    for _, batch in rows.batches(None, -(-len(rows) // BLOCKS)):
-        with torch.no_grad(), cast(rows, autocast):
+    for index, batch in rows.batches(None, -(-len(rows) // BLOCKS)):
+        key = evaluation_key(index, rows.device)
+        with torch.no_grad(), Draws(key), cast(rows, autocast):
             sums = task.metrics(model, batch)
             blocks.append({name: torch.as_tensor(value).detach().cpu() for name, value in sums.items()})
     model.train(was_training)

@@ -174,10 +174,12 @@ class FusedTrainer(LoopTrainer):
 
 def _kept_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Tensors that modules have as plain attributes, or in lists and dicts of their own."""
-    found = {}
+    found, known = {}, {"_parameters", "_buffers", "_modules"}
     for path, one in module.named_modules():
+        # nn.GRU and its like keep such a list, and keep it up to date.
+        skipped = known | {"_flat_weights"} if isinstance(one, nn.RNNBase) else known
         for name, value in vars(one).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if name not in skipped:
                 for i, leaf in enumerate(tree_leaves(value)):
                     if isinstance(leaf, Tensor):
                         found[f"{path}.{name}[{i}]".lstrip(".")] = leaf

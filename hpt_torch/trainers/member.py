@@ -13,6 +13,7 @@ from hpt_torch import lr_schedules, optim
 from hpt_torch.models.layers import set_noise, stateless_layers
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
+from hpt_torch.trainers.draws import Draws
 from hpt_torch.trainers.programs import shapes
 
 if TYPE_CHECKING:
@@ -175,10 +176,11 @@ class Member:
 
     def _plain(self, params: Any, buffers: Any, h_tensors: Any, batch: Mapping[str, Tensor]) -> Any:
         """`_differentiate`, with plain autograd. The arguments are the model's own tensors and `tensors`."""
-        with torch.enable_grad(), base.cast(self.trainer.probe, self.trainer.autocast):
-            loss = self.trainer.task.loss(self.model, batch, self.tensors)
-        self._take_back_buffers()
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        with Draws(self.tensors["noise_key"]):  # also where gradients compute something again
+            with torch.enable_grad(), base.cast(self.trainer.probe, self.trainer.autocast):
+                loss = self.trainer.task.loss(self.model, batch, self.tensors)
+            self._take_back_buffers()
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
         return loss.detach(), [optim.laid_out_as(p, g) for p, g in zip(self.params, grads, strict=True)]
 
     def _take_back_buffers(self) -> None:

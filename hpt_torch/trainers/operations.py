@@ -43,8 +43,15 @@ def branches(calls: Sequence[Call], constants: set[int]) -> bool:
     return any(
         telling.intersection(call.op.tags)
         and not all(id(tensor) in constants for tensor in tensors_in(call.arguments))
+        and not (call.op is _aten.index.Tensor and _takes_rows(call))
         for call in calls
     )
+
+
+def _takes_rows(call: Call) -> bool:
+    """Whether it is ``x[index]`` with whole numbers, so that the shape is the same whatever they are."""
+    _, indices = call.arguments[0]
+    return all(tensor.dtype not in (torch.bool, torch.uint8) for tensor in tensors_in(indices))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

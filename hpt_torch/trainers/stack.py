@@ -19,6 +19,7 @@ from hpt_torch.models.layers import Dropout, stateless_layers
 from hpt_torch.population import Population
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
+from hpt_torch.trainers.draws import Draws
 from hpt_torch.trainers.gradients import grad_and_value
 from hpt_torch.trainers.programs import shapes
 
@@ -236,7 +237,7 @@ class Stack:
             rows: dict[str, Tensor],
         ) -> Tensor:
             tensors = {**{f"model.{n}": t for n, t in params.items()}, **buffers, **noise}
-            with base.cast(self.trainer.probe, self.trainer.autocast):
+            with Draws(keys_L[-1]), base.cast(self.trainer.probe, self.trainer.autocast):
                 arguments = rows, {**self.static, **values, "noise_key": keys_L[-1]}
                 value: Tensor = functional_call(self.module, tensors, arguments)
             return value
@@ -310,17 +311,19 @@ class Stack:
         own = {name: self.h[leaf] for name, leaf in self.hparam_buffers.items()}
         fixed = {**{f"model.{n}": t for n, t in self.buffers.items()}, **own}
 
-        def sums(params: dict[str, Tensor], fixed: dict[str, Tensor], part: dict[str, Tensor]) -> Any:
+        def sums(
+            params: dict[str, Tensor], fixed: dict[str, Tensor], key: Tensor, part: dict[str, Tensor]
+        ) -> Any:
             tensors = {**{f"model.{n}": t for n, t in params.items()}, **fixed}
-            with base.cast(rows, self.trainer.autocast):
+            with Draws(key), base.cast(rows, self.trainer.autocast):
                 return functional_call(self.module, tensors, (part, None))
 
         self.module.eval()
         totals: dict[str, list[Tensor]] = {}
-        mapped = vmap(sums, in_dims=(0, 0, None), randomness="error")
-        for _, part in rows.batches(None, base.EVALUATION_BATCH):
-            run = self._program("evaluate", part)
-            for name, value in run(mapped, weights, fixed, dict(part)).items():
+        mapped = vmap(sums, in_dims=(0, 0, None, None), randomness="error")
+        for index, part in rows.batches(None, base.EVALUATION_BATCH):
+            run, key = self._program("evaluate", part), base.evaluation_key(index, self.trainer.device)
+            for name, value in run(mapped, weights, fixed, key, dict(part)).items():
                 totals.setdefault(name, []).append(value)
         self.module.train()
         summed = {  # off the device all at once, rather than number by number

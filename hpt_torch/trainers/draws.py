@@ -1,0 +1,333 @@
+"""Random numbers that a user's own code draws, as noise of a key.
+
+`F.dropout`, attention with dropout, `torch.randn_like`, ``torch.distributions`` and the like draw from
+torch's generator, which no batched program may do: what a member gets would depend on its company. In their
+place each draw is a hash of (the batch's key, how many draws came before it in this call), the same for all
+members, as the order of the data is. So such modules train together, are recorded, and are resumed.
+
+Attention and recurrent layers, which torch.func cannot map, are written out where it maps them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hpt_torch.models.noise import (
+    FLOATS,
+    hash_bits,
+    hash_words,
+    inside_transform,
+    normal,
+    stream_key_of,
+    uniform,
+)
+from hpt_torch.models.rnn import run_layer
+
+_FIRST_STREAM = 2**16  # those before are of layers
+
+
+class Draws(TorchFunctionMode):
+    """Within the block, what is drawn is noise of `key` (int32, shape ()).
+
+    The number of a draw is kept as the seed of torch's generator, so that what puts its state back to run
+    code again (activation checkpointing) sees the same noise. Draws from a generator of the user's own, and
+    functions that are not in `_DRAWN`, draw as ever.
+    """
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self._key, self._start = key, torch.default_generator.initial_seed()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _WRITTEN_IN_PYTHON:
+            with self:
+                return _body(func)(*args, **kwargs)
+        drawn = _DRAWN.get(func)
+        if drawn is not None and kwargs.get("generator") is None and kwargs.get("out") is None:
+            found = drawn(self, *args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        return func(*args, **kwargs)
+
+    def key(self) -> Tensor:
+        """The key of the next draw."""
+        number = torch.default_generator.initial_seed()
+        torch.default_generator.manual_seed((number + 1) % 2**64)
+        return stream_key_of(self._key, (_FIRST_STREAM + number - self._start) % 2**32)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [0, 1), of the shape, dtype and device of `like`."""
+        return uniform(self.key(), like.shape, like.dtype, like.device)[0]
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, of the shape, dtype and device of `like`."""
+        return normal(self.key(), like.shape, like.dtype, like.device)
+
+    def whole(self, like: Tensor, low: int, high: int) -> Any:
+        """Whole numbers in [low, high), of the shape, dtype and device of `like`."""
+        if high <= low:
+            return NotImplemented  # so that torch says what is wrong
+        drawn = uniform(self.key(), like.shape, torch.float64, like.device)[0]
+        return (drawn.mul_(high - low).floor_() + low).to(like.dtype)
+
+
+_Drawn = Callable[..., Any]
+
+
+def _new(draw: Callable[[Draws, Tensor], Tensor]) -> _Drawn:
+    """Of ``torch.rand(2, 3)``, ``torch.rand((2, 3))``: a tensor of a shape."""
+
+    def drawn(noise: Draws, *size: Any, requires_grad: bool = False, **options: Any) -> Any:
+        like = torch.empty(*size, **options)
+        return _wanted(draw(noise, like), requires_grad) if like.dtype in FLOATS else NotImplemented
+
+    return drawn
+
+
+def _like(draw: Callable[[Draws, Tensor], Tensor]) -> _Drawn:
+    """Of ``torch.rand_like(x)``: a tensor like another one."""
+
+    def drawn(noise: Draws, x: Tensor, requires_grad: bool = False, **options: Any) -> Any:
+        like = torch.empty_like(x, **options)
+        return _wanted(draw(noise, like), requires_grad) if like.dtype in FLOATS else NotImplemented
+
+    return drawn
+
+
+def _wanted(drawn: Tensor, requires_grad: bool) -> Tensor:
+    return drawn.requires_grad_() if requires_grad else drawn
+
+
+def _into(draw: Callable[..., Tensor]) -> _Drawn:
+    """Of ``x.normal_()``: into a tensor that is there."""
+
+    def drawn(noise: Draws, x: Tensor, *arguments: Any, generator: None = None, **named: Any) -> Any:
+        return x.copy_(draw(noise, x, *arguments, **named)) if x.dtype in FLOATS else NotImplemented
+
+    return drawn
+
+
+def _uniform_(noise: Draws, x: Tensor, low: float = 0.0, high: float = 1.0, **named: float) -> Tensor:
+    low = named.get("from", low)
+    return noise.uniform(x) * (named.get("to", high) - low) + low
+
+
+def _normal_(noise: Draws, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return noise.normal(x) * std + mean
+
+
+def _exponential_(noise: Draws, x: Tensor, lambd: float = 1.0) -> Tensor:
+    # Never 0, as torch's: gumbel_softmax takes its logarithm.
+    return (-torch.log1p(-noise.uniform(x))).clamp_(min=torch.finfo(x.dtype).tiny) / lambd
+
+
+def _normal(noise: Draws, mean: Any, std: Any = 1.0, *size: Any, generator: None = None, **more: Any) -> Any:
+    if size or "size" in more:
+        shape = size[0] if size else more.pop("size")
+        return _new(Draws.normal)(noise, shape, **more) * std + mean
+    like = torch.empty_like(mean + std if isinstance(mean, Tensor) or isinstance(std, Tensor) else mean)
+    return noise.normal(like) * std + mean if like.dtype in FLOATS else NotImplemented
+
+
+def _bernoulli(noise: Draws, x: Tensor, p: float | None = None, *, generator: None = None) -> Any:
+    if x.dtype not in FLOATS:
+        return NotImplemented
+    return (noise.uniform(x) < (x if p is None else p)).to(x.dtype)
+
+
+def _bernoulli_(noise: Draws, x: Tensor, p: Any = 0.5, *, generator: None = None) -> Tensor:
+    drawn = uniform(noise.key(), x.shape, torch.float32, x.device)[0]
+    return x.copy_((drawn < p).to(x.dtype))
+
+
+def _randint(noise: Draws, *arguments: Any, requires_grad: bool = False, **options: Any) -> Any:
+    *bounds, size = [*arguments, *(options.pop(n) for n in ("low", "high", "size") if n in options)]
+    low, high = bounds if len(bounds) == 2 else (0, bounds[0])
+    return noise.whole(torch.empty(size, **{"dtype": torch.int64, **options}), low, high)
+
+
+def _randint_like(noise: Draws, x: Tensor, *bounds: int, **options: Any) -> Any:
+    if len(bounds) not in (1, 2) or {"low", "high"} & options.keys():
+        return NotImplemented
+    low, high = bounds if len(bounds) == 2 else (0, bounds[0])
+    return noise.whole(torch.empty_like(x, **options), low, high)
+
+
+def _randperm(noise: Draws, n: int, **options: Any) -> Any:
+    like = torch.empty(n, **{"dtype": torch.int64, **options})
+    return hash_words(noise.key(), n, like.device).argsort(stable=True).to(like.dtype)
+
+
+def _multinomial(noise: Draws, p: Tensor, count: int, replacement: bool = False, **named: Any) -> Any:
+    """The first of exponential arrivals with these rates (Efraimidis and Spirakis 2006)."""
+    rates = p.unsqueeze(-2).expand(*p.shape[:-1], count, p.shape[-1]) if replacement else p
+    if p.dtype not in FLOATS or (count > p.shape[-1] and not replacement):
+        return NotImplemented
+    arrivals = _exponential_(noise, rates) / rates
+    return arrivals.argmin(-1) if replacement else arrivals.topk(count, largest=False).indices
+
+
+# -- dropout -------------------------------------------------------------------------------------------
+
+
+def _mask(noise: Draws, like: Tensor, p: float, shape: torch.Size) -> Tensor:
+    """1 where a unit is kept, 0 elsewhere."""
+    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+    bits = hash_bits(noise.key(), math.prod(shape), like.device).view(shape)
+    return bits.to(dtype).ge_(int(p * 2**16)).to(like.dtype)
+
+
+def _dropout(*, features: bool = False, alpha: bool = False, inplace: bool = False) -> _Drawn:
+    """features: whole channels (N, C, ...) are kept or dropped; alpha: mean and variance are kept."""
+
+    def drawn(noise: Draws, x: Tensor, p: float, train: bool) -> Any:
+        if not train or not 0 < p < 1 or x.dtype not in FLOATS:
+            return NotImplemented
+        shape = torch.Size([*x.shape[:2], *[1] * (x.dim() - 2)]) if features else x.shape
+        kept = _mask(noise, x, p, shape)
+        if not alpha:
+            kept = kept * (1 / (1 - p))
+            return x.mul_(kept) if inplace else x * kept
+        scale = ((_SATURATED**2 * p + 1) * (1 - p)) ** -0.5
+        shift = (kept - 1) * (_SATURATED * scale) + _SATURATED * scale * p
+        return x.mul_(kept * scale).add_(shift) if inplace else x * (kept * scale) + shift
+
+    return drawn
+
+
+_SATURATED = 1.7580993408473766  # Klambauer et al. 2017, "Self-Normalizing Neural Networks"
+
+
+def _attention(
+    noise: Draws,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """As torch's documentation writes it out. (..., L, E), (..., S, E), (..., S, Ev) -> (..., L, Ev)."""
+    drops = 0 < dropout_p < 1
+    if not drops and not (inside_transform() and q.device.type == "cpu"):
+        return NotImplemented
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.size(-1) ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = (
+            scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        )
+        nothing = (scores == -math.inf).all(-1, keepdim=True)  # may be attended to: then 0, as torch has it
+        weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    return (_dropped(noise, weights, dropout_p) if drops else weights) @ v
+
+
+def _dropped(noise: Draws, x: Tensor, p: float) -> Tensor:
+    dropped: Tensor = _dropout()(noise, x, p, True)
+    return dropped
+
+
+def _recurrent(cell: str, noise: Draws, *arguments: Any) -> Any:
+    """`torch.lstm` and its like, layer by layer, with dropout between them."""
+    if len(arguments) != 9 or isinstance(arguments[3], (list, tuple)):
+        return NotImplemented  # a packed sequence
+    x, start, weights, biases, layers, p, train, both, batch_first = arguments
+    drops, mapped = train and 0 < p < 1 and layers > 1, inside_transform()
+    if not drops and not mapped:
+        return NotImplemented
+    run: Any = functools.partial(run_layer, cell) if mapped else _CELLS[cell]
+    directions, each, ends = 2 if both else 1, len(weights) // layers, []
+    for layer in range(layers):
+        if layer and drops:
+            x = _dropped(noise, x, p)
+        rows = slice(layer * directions, (layer + 1) * directions)
+        mine = tuple(s[rows] for s in start) if cell == "lstm" else start[rows]
+        here = weights[layer * each : (layer + 1) * each]
+        found = run(x, mine, here, biases, 1, 0.0, train, both, batch_first)
+        if found is NotImplemented:
+            return found
+        x, *end = found
+        ends.append(end)
+    return (x, *(torch.cat(parts) for parts in zip(*ends, strict=True)))
+
+
+@functools.cache
+def _body(function: Any) -> Any:
+    """A function of torch as it runs where no mode is on, so that ours sees what it calls."""
+    names = {name: (lambda *_: False) for name in function.__code__.co_names if "has_torch_function" in name}
+    own = types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+_WRITTEN_IN_PYTHON = frozenset(
+    (
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+        F.multi_head_attention_forward, F.gumbel_softmax, torch.autograd.grad,
+    )
+)  # fmt: skip
+
+
+def _out_of_place(name: str) -> _Drawn:
+    """``x.lerp_(...)`` and others which torch.func does member after member, though not ``x.lerp(...)``."""
+
+    def written(noise: Draws, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        if not inside_transform():
+            return NotImplemented
+        return x.copy_(getattr(x, name)(*arguments, **named))
+
+    return written
+
+
+_CELLS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+_DRAWN: dict[Any, _Drawn] = {
+    torch.rand: _new(Draws.uniform),
+    torch.randn: _new(Draws.normal),
+    torch.rand_like: _like(Draws.uniform),
+    torch.randn_like: _like(Draws.normal),
+    torch.normal: _normal,
+    torch.randint: _randint,
+    torch.randint_like: _randint_like,
+    torch.randperm: _randperm,
+    torch.multinomial: _multinomial,
+    Tensor.multinomial: _multinomial,
+    torch.bernoulli: _bernoulli,
+    Tensor.bernoulli: _bernoulli,
+    Tensor.bernoulli_: _bernoulli_,
+    Tensor.uniform_: _into(_uniform_),
+    Tensor.normal_: _into(_normal_),
+    Tensor.exponential_: _into(_exponential_),
+    torch.dropout: _dropout(),
+    torch.dropout_: _dropout(inplace=True),
+    torch.feature_dropout: _dropout(features=True),
+    torch.feature_dropout_: _dropout(features=True, inplace=True),
+    torch.alpha_dropout: _dropout(alpha=True),
+    torch.alpha_dropout_: _dropout(alpha=True, inplace=True),
+    torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
+    torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, inplace=True),
+    F.scaled_dot_product_attention: _attention,
+    **{
+        getattr(Tensor, f"{name}_"): _out_of_place(name)
+        for name in ("scatter", "index_copy", "lerp", "addcmul", "addcdiv")
+    },
+    **{function: functools.partial(_recurrent, cell) for cell, function in _CELLS.items()},
+}

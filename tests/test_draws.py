@@ -1,0 +1,427 @@
+"""What a user's own code draws at random: the distributions of torch's functions, their shapes and types; and
+that modules which draw train together as alone, stopped and resumed as in one go."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hpt_torch.data import split
+from hpt_torch.tasks import Classification
+from hpt_torch.trainers import base
+from hpt_torch.trainers.draws import Draws
+from hpt_torch.trainers.fused import FusedTrainer
+from hpt_torch.trainers.loop import LoopTrainer
+
+CPU = torch.device("cpu")
+MANY = 40_000
+
+
+def _key(value: int = 7) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32)
+
+
+def _drawn(draw: Callable[[], Any], key: int = 7) -> Any:
+    with Draws(_key(key)):
+        return draw()
+
+
+# -- each function -------------------------------------------------------------------------------------
+
+X = torch.linspace(-2, 2, 12).view(2, 3, 2)
+P = torch.full((MANY,), 0.3)
+_WEIGHTS = torch.tensor([[2.0, 0.0, 7.0, 1.0]])
+# The second without replacement: after 0 (0.2) it is 2 or 3 (7/8, 1/8), and so on
+_P = (0.7 * 2 / 3 + 0.1 * 2 / 9, 0.2 * 7 / 8 + 0.1 * 7 / 9, 0.2 / 8 + 0.7 / 3)
+_SECOND = (2 * _P[1] + 3 * _P[2], (4 * _P[1] + 9 * _P[2] - (2 * _P[1] + 3 * _P[2]) ** 2) ** 0.5)
+MOMENTS = {  # (draw, mean, standard deviation)
+    "rand": (lambda: torch.rand(MANY), 0.5, 12**-0.5),
+    "rand in float64": (lambda: torch.rand(MANY, dtype=torch.float64), 0.5, 12**-0.5),
+    "rand in bfloat16": (lambda: torch.rand(MANY, dtype=torch.bfloat16).float(), 0.5, 12**-0.5),
+    "rand_like": (lambda: torch.rand_like(P), 0.5, 12**-0.5),
+    "randn": (lambda: torch.randn(200, MANY // 200), 0.0, 1.0),
+    "randn in float64": (lambda: torch.randn((MANY,), dtype=torch.float64), 0.0, 1.0),
+    "randn_like": (lambda: torch.randn_like(P), 0.0, 1.0),
+    "normal of numbers": (lambda: torch.normal(2.0, 3.0, (MANY,)), 2.0, 3.0),
+    "normal of tensors": (lambda: torch.normal(P, 2 * torch.ones(MANY)), 0.3, 2.0),
+    "normal of a mean": (lambda: torch.normal(P, 2.0), 0.3, 2.0),
+    "normal of a deviation": (lambda: torch.normal(1.0, P), 1.0, 0.3),
+    "normal_": (lambda: torch.empty(MANY).normal_(1.0, std=0.5), 1.0, 0.5),
+    "uniform_": (lambda: torch.empty(MANY).uniform_(-1.0, 3.0), 1.0, 4 * 12**-0.5),
+    "uniform_ by name": (lambda: torch.empty(MANY).uniform_(to=2.0), 1.0, 2 * 12**-0.5),
+    "exponential_": (lambda: torch.empty(MANY).exponential_(2.0), 0.5, 0.5),
+    "bernoulli": (lambda: torch.bernoulli(P), 0.3, 0.21**0.5),
+    "bernoulli with p": (lambda: torch.bernoulli(P, 0.2), 0.2, 0.4),
+    "Tensor.bernoulli": (lambda: P.bernoulli(), 0.3, 0.21**0.5),
+    "bernoulli_": (lambda: torch.empty(MANY).bernoulli_(0.2), 0.2, 0.4),
+    "bernoulli_ of whole numbers": (lambda: torch.empty(MANY, dtype=torch.int64).bernoulli_(), 0.5, 0.5),
+    "randint": (lambda: torch.randint(3, 9, (MANY,)), 5.5, (35 / 12) ** 0.5),
+    "randint from 0": (lambda: torch.randint(6, (MANY,)), 2.5, (35 / 12) ** 0.5),
+    "randint by name": (lambda: torch.randint(high=6, size=(MANY,)), 2.5, (35 / 12) ** 0.5),
+    "randint_like": (lambda: torch.randint_like(P, 6), 2.5, (35 / 12) ** 0.5),
+    "randperm": (lambda: torch.randperm(MANY), (MANY - 1) / 2, MANY * 12**-0.5),
+    "dropout": (lambda: F.dropout(torch.ones(MANY), 0.2), 1.0, 0.5),
+    "dropout in place": (lambda: F.dropout(torch.ones(MANY), 0.2, inplace=True), 1.0, 0.5),
+    "dropout2d": (lambda: F.dropout2d(torch.ones(MANY, 1, 2, 2), 0.2), 1.0, 0.5),
+    "alpha dropout": (lambda: F.alpha_dropout(torch.randn(MANY), 0.2, True), 0.0, 1.0),
+    "multinomial": (lambda: torch.multinomial(_WEIGHTS, MANY, True)[0], 1.7, 0.81**0.5),
+    "the second of multinomial": (lambda: _WEIGHTS.expand(MANY, 4).multinomial(2)[:, 1], *_SECOND),
+    "Normal": (lambda: torch.distributions.Normal(P, 2.0).rsample(), 0.3, 2.0),
+    "Gumbel": (lambda: torch.distributions.Gumbel(P, 1.0).sample(), 0.3 + 0.577216, math.pi / 6**0.5),
+    "gumbel_softmax": (lambda: F.gumbel_softmax(torch.zeros(MANY, 4), hard=True)[:, 1], 0.25, 0.1875**0.5),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_are_those_of_the_distribution(name: str) -> None:
+    draw, mean, deviation = MOMENTS[name]
+    found = _drawn(draw)
+    native = draw()
+    assert (found.shape, found.dtype) == (native.shape, native.dtype)
+    assert float(found.double().mean()) == pytest.approx(mean, abs=5 * deviation / MANY**0.5)
+    assert float(found.double().std()) == pytest.approx(deviation, rel=0.03)
+    torch.testing.assert_close(_drawn(draw), found, rtol=0, atol=0)
+    assert name == "bernoulli of whole numbers" or not torch.equal(_drawn(draw, key=8), found)
+
+
+def test_quantiles_are_those_of_the_distribution() -> None:
+    at = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0).icdf(at)
+    found = _drawn(lambda: torch.randn(10 * MANY, dtype=torch.float64)).quantile(at)
+    torch.testing.assert_close(found, normal, rtol=0, atol=0.02)
+    uniform = _drawn(lambda: torch.rand(10 * MANY, dtype=torch.float64))
+    torch.testing.assert_close(uniform.quantile(at), at, rtol=0, atol=0.004)
+    assert uniform.max() < 1
+    assert uniform.unique().numel() > 9.9 * MANY
+    assert sorted(_drawn(lambda: torch.randperm(1000)).tolist()) == list(range(1000))
+    assert set(_drawn(lambda: torch.randint(-2, 2, (1000,))).tolist()) == {-2, -1, 0, 1}
+
+
+def test_draws_are_independent_of_each_other() -> None:
+    a, b = _drawn(lambda: (torch.randn(MANY), torch.randn(MANY)))
+    c = _drawn(lambda: torch.randn(MANY), key=8)
+    table = torch.corrcoef(torch.stack((a, b, c, a.roll(1), a.flip(0))))
+    assert (table - torch.eye(5)).abs().max() < 5 / MANY**0.5
+
+
+FORMS = {
+    "rand of numbers": lambda: torch.rand(2, 3),
+    "rand of a size": lambda: torch.rand((2, 3)),
+    "rand of nothing": lambda: torch.rand(()),
+    "rand by name": lambda: torch.rand(size=(2, 3)),
+    "rand with a gradient": lambda: torch.rand(2, requires_grad=True),
+    "rand on a device": lambda: torch.rand(2, device="cpu", dtype=torch.float64),
+    "rand of complex numbers": lambda: torch.rand(2, dtype=torch.complex64),
+    "randn_like in another type": lambda: torch.randn_like(X, dtype=torch.float64),
+    "randint in another type": lambda: torch.randint(0, 5, (3,), dtype=torch.int32),
+    "randint between": lambda: torch.randint(2, high=4, size=(3,)),
+    "randint_like between": lambda: torch.randint_like(X, 2, 5),
+    "randperm in another type": lambda: torch.randperm(5, dtype=torch.int32),
+    "multinomial": lambda: torch.multinomial(torch.ones(3, 4), 2),
+    "multinomial of one": lambda: torch.multinomial(torch.ones(4), 6, replacement=True),
+    "one's own generator": lambda: torch.rand(2, generator=torch.Generator().manual_seed(0)),
+    "into a tensor": lambda: torch.rand(2, out=torch.empty(2)),
+    "dropout1d": lambda: F.dropout1d(X, 0.5),
+    "dropout3d": lambda: F.dropout3d(X[None, None], 0.5),
+    "feature_alpha_dropout": lambda: F.feature_alpha_dropout(X, 0.5, True),
+    "dropout of all": lambda: F.dropout(X, 1.0),
+    "dropout of none": lambda: F.dropout(X, 0.0),
+    "dropout at rest": lambda: F.dropout(X, 0.5, training=False),
+    "rrelu": lambda: F.rrelu(X, training=True),
+    "normal_ by name": lambda: torch.empty(3).normal_(mean=1.0, std=2.0, generator=None),
+    "poisson": lambda: torch.poisson(X.abs()),
+    "Categorical": lambda: torch.distributions.Categorical(logits=X).sample(),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_call_gives_what_torch_gives(name: str) -> None:
+    torch.manual_seed(0)
+    found, native = _drawn(FORMS[name]), FORMS[name]()
+    assert (found.shape, found.dtype, found.requires_grad) == (
+        native.shape, native.dtype, native.requires_grad
+    )  # fmt: skip
+    if name in ("one's own generator", "dropout of all", "dropout of none", "dropout at rest"):
+        torch.testing.assert_close(found, native)
+
+
+def test_bad_arguments_are_torchs_errors() -> None:
+    for wrong in (lambda: F.dropout(X, 1.5), lambda: torch.rand(-1), lambda: torch.randint(3, 3, (2,))):
+        with pytest.raises((ValueError, RuntimeError)) as native:
+            wrong()
+        with pytest.raises((ValueError, RuntimeError)) as found:
+            _drawn(wrong)
+        assert str(found.value).splitlines()[0] == str(native.value).splitlines()[0]
+
+
+def test_whole_channels_are_dropped_together() -> None:
+    found = _drawn(lambda: F.dropout2d(torch.ones(50, 4, 3, 3), 0.5))
+    assert bool((found == found[..., :1, :1]).all())
+    assert set(found.unique().tolist()) == {0.0, 2.0}
+
+
+SHAPES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scaled": {"scale": 0.3},
+    "a mask": {"attn_mask": torch.rand(5, 5, generator=torch.Generator().manual_seed(1)) > 0.3},
+    "a mask of nothing": {"attn_mask": torch.arange(5).unsqueeze(1).expand(5, 5) > 1},
+    "numbers": {"attn_mask": torch.linspace(-1, 1, 25).view(5, 5)},
+    "grouped": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_is_torchs(name: str) -> None:
+    """With dropout of nearly nothing; and the mean over many keys with dropout of a third."""
+    draw = functools.partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    heads = 2 if name == "grouped" else 4
+    inputs = [draw(2, n, 5, 8).requires_grad_() for n in (4, heads, heads)]
+    expected = F.scaled_dot_product_attention(*inputs, **SHAPES[name])
+    found = _drawn(lambda: F.scaled_dot_product_attention(*inputs, dropout_p=1e-9, **SHAPES[name]))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    weight = draw(2, 4, 5, 8)
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        dropped = [
+            _drawn(lambda: F.scaled_dot_product_attention(*inputs, dropout_p=0.3, **SHAPES[name]), key)
+            for key in range(2000)
+        ]
+    torch.testing.assert_close(torch.stack(dropped).mean(0), expected, rtol=0, atol=0.15)
+    assert not torch.equal(dropped[0], dropped[1])
+
+
+# -- modules that draw ---------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+
+class Functional(Small):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(F.dropout(torch.relu(self.first(inputs)), 0.3, self.training))
+
+
+class Layers(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.rows = nn.Dropout2d(0.4), nn.Dropout1d(0.2)
+        self.alpha, self.alphas = nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.whole(self.alpha(self.first(inputs)).view(-1, 4, 2, 1)).view(-1, 4, 2)
+        return self.head(self.alphas(self.rows(hidden)).flatten(1))
+
+
+class Transformer(nn.Module):
+    dropout = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=self.dropout)
+        self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(inputs.unsqueeze(-1))).mean(1))
+
+
+class Undropped(Transformer):
+    dropout = 0.0
+
+
+class Latent(Small):
+    """As a variational autoencoder's encoder."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mean, spread = self.first(inputs), self.first(-inputs)
+        return self.head(mean + torch.randn_like(mean) * (0.5 * spread).exp())
+
+
+class Distributed(Small):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.distributions.Normal(self.first(inputs), 1.0).rsample())
+
+
+class Chosen(Small):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(F.gumbel_softmax(self.first(inputs), tau=0.5, hard=True))
+
+
+class Mixed(Small):
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            share = torch.rand(len(inputs), 1, dtype=inputs.dtype)
+            inputs = share * inputs + (1 - share) * inputs[torch.randperm(len(inputs))]
+        return self.head(torch.relu(self.first(inputs)))
+
+
+class Timed(Small):
+    """As a diffusion model draws its step."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        step = torch.randint(0, 10, (len(inputs), 1), device=inputs.device)
+        noise = torch.empty_like(inputs).normal_()
+        return self.head(torch.relu(self.first(inputs + noise * (step / 10))))
+
+
+class Skipping(Small):
+    """Branches on what it draws."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        if not self.training or float(torch.rand(1)) < 0.5:
+            hidden = hidden + torch.relu(hidden)
+        return self.head(hidden)
+
+
+class Always(Small):
+    """Drops units in evaluation too."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(F.dropout(torch.relu(self.first(inputs)), 0.3, True))
+
+
+class Recurrent(nn.Module):
+    cell: type[nn.Module] = nn.GRU
+    options: ClassVar[dict[str, Any]] = {"num_layers": 2, "dropout": 0.3, "batch_first": True}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = self.cell(1, 8, **self.options)
+        self.head = nn.Linear(16 if self.options.get("bidirectional") else 8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.recurrent(inputs.unsqueeze(-1))[0][:, -1])
+
+
+class LSTM(Recurrent):
+    cell = nn.LSTM
+
+
+class Both(Recurrent):
+    options: ClassVar[dict[str, Any]] = {
+        "num_layers": 2,
+        "dropout": 0.3,
+        "batch_first": True,
+        "bidirectional": True,
+        "bias": False,
+    }
+
+
+class Stateful(Recurrent):
+    """Time first, a state to begin with, and its end is read."""
+
+    cell = nn.LSTM
+    options: ClassVar[dict[str, Any]] = {}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        start = inputs[:, :1].expand(-1, 8).unsqueeze(0).contiguous()
+        _, (hidden, cell) = self.recurrent(inputs.t().unsqueeze(-1), (start, start.tanh()))
+        return self.head((hidden + cell)[0])
+
+
+class Plain(Recurrent):
+    cell = nn.RNN
+    options: ClassVar[dict[str, Any]] = {"nonlinearity": "relu", "batch_first": True}
+
+
+MODULES = [Functional, Layers, Transformer, Undropped, Latent, Distributed, Chosen, Mixed, Timed, Skipping]
+MODULES += [Always, Recurrent, LSTM, Both, Stateful, Plain]
+
+
+def _trainer(engine: type[LoopTrainer], kind: type[nn.Module]) -> tuple[LoopTrainer, Any]:
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    task = Classification(kind, split(x, (x[:, 0] > 0).long() + (x[:, 1] > 0), seed=0))
+    defaults = {name: spec.default for name, spec in task.hparam_specs().items()}
+    hparams = {**defaults, "optimizer": "adam", "lr": 0.01, "batch_size": 8, "accumulation_steps": 2}
+    data = task.data().to(CPU, torch.float64)
+    trainer = engine(task, data, device=CPU, dtype=torch.float64, seed=3, epochs=2)
+    return trainer, trainer.init([4, 5], [hparams, {**hparams, "lr": 0.02}])
+
+
+def _trained(engine: type[LoopTrainer], kind: type[nn.Module]) -> tuple[list[dict[str, Tensor]], Any]:
+    trainer, population = _trainer(engine, kind)
+    result = trainer.train(population, 2, should_pause=lambda: False)
+    assert not result.failed
+    metrics = {(r.trial, r.epoch): r.metrics for r in result.reports}
+    return [trainer.weights(population, i) for i in range(2)], metrics
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules_that_draw_train_together_as_alone(kind: type[nn.Module]) -> None:
+    trainer, population = _trainer(FusedTrainer, kind)
+    assert isinstance(trainer, FusedTrainer)
+    assert trainer.why_not(population) is None
+    (alone, alone_metrics), (fused, metrics) = _trained(LoopTrainer, kind), _trained(FusedTrainer, kind)
+    for mine, other in zip(fused, alone, strict=True):
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-8, atol=1e-9)
+    for key, values in metrics.items():
+        assert values == pytest.approx(alone_metrics[key], rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("engine", [LoopTrainer, FusedTrainer])
+@pytest.mark.parametrize("kind", [Functional, Transformer, Latent, Skipping, LSTM])
+def test_stopped_and_resumed_is_as_in_one_go(kind: type[nn.Module], engine: type[LoopTrainer]) -> None:
+    expected, metrics = _trained(engine, kind)
+    trainer, population = _trainer(engine, kind)
+    found, steps = {}, itertools.cycle((False, False, True))
+    for _ in range(100):
+        result = trainer.train(population, 2, should_pause=lambda: next(steps))
+        found |= {(r.trial, r.epoch): r.metrics for r in result.reports}
+        if not result.paused:
+            break
+        tensors, meta = population.state()
+        torch.rand(3)  # something else draws meanwhile
+        trainer, population = _trainer(engine, kind)
+        population.restore({name: tensor.clone() for name, tensor in tensors.items()}, meta)
+    assert found == metrics
+    for i, other in enumerate(expected):
+        for name, tensor in trainer.weights(population, i).items():
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=0)
+
+
+def test_what_is_computed_again_for_gradients_sees_the_same_noise() -> None:
+    class Again(Small):
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = F.dropout(inputs + 0.0 * self.first.weight[0], 0.2, self.training)
+            hidden = checkpoint(self._block, hidden, use_reentrant=False)
+            return self.head(F.dropout(hidden, 0.2, self.training))
+
+        def _block(self, hidden: Tensor) -> Tensor:
+            return F.dropout(torch.relu(self.first(hidden)), 0.3, self.training)
+
+    class Once(Again):
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = F.dropout(inputs + 0.0 * self.first.weight[0], 0.2, self.training)
+            return self.head(F.dropout(self._block(hidden), 0.2, self.training))
+
+    (found, _), (expected, _) = _trained(LoopTrainer, Again), _trained(LoopTrainer, Once)
+    for mine, other in zip(found, expected, strict=True):
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-14)
+
+
+def test_what_is_drawn_in_evaluation_is_the_same_at_all_times() -> None:
+    trainer, population = _trainer(LoopTrainer, Always)
+    model = trainer.load(population.hparams[0], 4, trainer.weights(population, 0)).double()
+    torch.manual_seed(0)
+    first = base.evaluate(trainer.task, model, trainer.data.valid)
+    torch.manual_seed(1)
+    assert base.evaluate(trainer.task, model, trainer.data.valid) == first

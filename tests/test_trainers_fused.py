@@ -254,7 +254,7 @@ class _Branching(nn.Module):
 
 class _Random(_Branching):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x + torch.randn_like(x))
+        y: Tensor = self.linear(x + x.new_empty(x.shape).cauchy_())
         return y
 
 

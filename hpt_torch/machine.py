@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hpt_torch.seeding import torch_bookmark
+from hpt_torch.seeding import bookmark
 
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -31,10 +31,11 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def settings_restored() -> Iterator[None]:
-    """Afterwards torch is set in this process as it was: threads, the CPU's generator, which kernels."""
-    go_back, threads = torch_bookmark(), torch.get_num_threads()
+    """Afterwards torch is set in this process as it was: threads, generators, which kernels."""
+    go_back, threads = bookmark(), torch.get_num_threads()
     deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # as of torch 2.9
     try:
         yield
     finally:
@@ -42,6 +43,8 @@ def settings_restored() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         torch.backends.cudnn.benchmark = benchmark
+        if precision is not None:
+            torch.backends.cuda.matmul.fp32_precision = precision
 
 
 @contextlib.contextmanager

@@ -41,19 +41,38 @@ def torch_seeded(seed: int, *path: str | int) -> Iterator[None]:
         yield
 
 
-def torch_bookmark(devices: Iterable[Any] = ()) -> Callable[[], None]:
-    """A function that puts torch's global generators, of the CPU and of CUDA `devices`, back to where they
-    are now, so that the same numbers are drawn again."""
+def bookmark(devices: Iterable[Any] = ()) -> Callable[[], None]:
+    """A function that puts the global generators of torch (the CPU's and those of CUDA `devices`), NumPy and
+    Python back to where they are now, so that the same numbers are drawn again."""
     import torch
 
     cpu, others = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+    numpys, pythons = np.random.get_state(), random.getstate()
 
     def go_back() -> None:
+        np.random.set_state(numpys)
+        random.setstate(pythons)
         torch.set_rng_state(cpu)
         for device, state in others:
             torch.cuda.set_rng_state(state, device)
 
     return go_back
+
+
+def seed_others(seed: int) -> Callable[[], bool]:
+    """Seeds the global generators of NumPy and Python with 32 bits. Returns what says whether they have drawn
+    anything since."""
+    np.random.seed(seed)
+    random.seed(seed)
+    before = _places()
+    return lambda: _places() != before
+
+
+def _places() -> tuple[Any, ...]:
+    """Where they stand."""
+    numpys, pythons = np.random.get_state(legacy=False), random.getstate()
+    inner = numpys["state"]
+    return inner["pos"], inner["key"][0], numpys["has_gauss"], pythons[1][-1], pythons[1][0], pythons[2]
 
 
 @contextlib.contextmanager

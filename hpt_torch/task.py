@@ -50,6 +50,7 @@ class Task:
     name: str = "task"
     objective: Objective
     metric_names: Sequence[str] | None = None  # what `finalize` gives; None: not known beforehand
+    rate_hparams: frozenset[str] = frozenset()  # those that `build_model` passes on as a `models.rates.Rate`
 
     def data(self) -> Data:
         """The data set. Called once; must be the same at every call."""
@@ -85,6 +86,10 @@ class Task:
     @property
     def dynamic_hparams(self) -> frozenset[str]:
         return frozenset(name for name, spec in self.hparam_specs().items() if spec.dynamic)
+
+    def why_not_together(self, hparams: HParams) -> str | None:
+        """Why models with these static hyperparameters cannot train as one program; None: not known."""
+        return None
 
     def sources(self) -> Sequence[Any]:
         """Classes and functions whose code decides the result; a changed one is noticed on resume."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from hpt_torch.data import DATASETS, Data, Rows
 from hpt_torch.hparams import HParamSpec, by_name
 from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
 from hpt_torch.models.augment import augment
+from hpt_torch.models.rates import Rate, is_kept, rates_of
+from hpt_torch.seeding import torch_seeded
 from hpt_torch.task import GIVEN, Batch, Task, model_specs, resolve
 from hpt_torch.types import HParams, InfeasibleError, Objective, TaskError
 
@@ -31,9 +35,10 @@ class Supervised(Task):
     """What the built-in tasks share: a model factory, data, and the metrics that are wanted.
 
     model: called with the hyperparameters that its signature names (and with `input_shape`, `out_features`
-    and `vocabulary` where it names those). Its keyword defaults are the hyperparameters' defaults. The
-    attribute `dynamic_hparams`, if it has one, names those that it keeps as buffers of the same name. Where
-    the data has `lengths`, they are the model's second argument.
+    and `vocabulary` where it names those). Its keyword defaults are the hyperparameters' defaults. One that
+    only is the rate of ``nn.Dropout`` layers is dynamic. The attribute `dynamic_hparams`, if the model has
+    one, names those that are instead: it keeps them as buffers of the same name. Where the data has
+    `lengths`, they are the model's second argument.
     """
 
     own_hparams: tuple[HParamSpec, ...] = ()
@@ -85,10 +90,51 @@ class Supervised(Task):
         return self._data
 
     def hparam_specs(self) -> dict[str, HParamSpec]:
-        return by_name((*self._training_specs(), *self._model_specs.values()))
+        specs = by_name((*self._training_specs(), *self._model_specs.values()))
+        return specs | {n: replace(specs[n], dynamic=True) for n in self.rate_hparams}
+
+    @functools.cached_property
+    def rate_hparams(self) -> frozenset[str]:  # type: ignore[override]
+        """The arguments that only are rates of ``nn.Dropout`` layers, where the model does not say which are
+        dynamic: found by building it with its defaults."""
+        if hasattr(self._factory, "dynamic_hparams") or type(self).build_model.__module__ != __name__:
+            return frozenset()
+        defaults = {name: spec.default for name, spec in self._model_specs.items() if not spec.required}
+
+        def build(name: str, value: Any) -> nn.Module:
+            with torch_seeded(0, "rates"):
+                return self._built({**defaults, name: value})
+
+        return frozenset(
+            name
+            for name, value in defaults.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+            if rates_of(functools.partial(build, name))
+        )
+
+    def why_not_together(self, hparams: HParams) -> str | None:
+        if not self.rate_hparams:
+            return None
+        marked, model = self._marked(hparams)
+        used = [name for name in sorted(self.rate_hparams & marked.keys()) if marked[name].used]
+        if used or is_kept(model):
+            name = used[0] if used else " or ".join(sorted(self.rate_hparams))
+            return f"{name} is used otherwise than as the rate of nn.Dropout"
+        return None
 
     def build_model(self, hparams: HParams) -> nn.Module:
-        arguments: dict[str, Any] = {name: hparams[name] for name in self._model_specs if name in hparams}
+        return self._marked(hparams)[1]
+
+    def _marked(self, hparams: HParams) -> tuple[dict[str, Any], nn.Module]:
+        """The model's arguments, those of `rate_hparams` marked, and the model."""
+        arguments: dict[str, Any] = {n: value for n, value in hparams.items() if n in self._model_specs}
+        for name in self.rate_hparams & arguments.keys():
+            arguments[name] = Rate(arguments[name], name)
+        return arguments, self._built(arguments)
+
+    def _built(self, arguments: dict[str, Any]) -> nn.Module:
+        """The model with these arguments and what the data decides of it."""
+        arguments = dict(arguments)
         parameters = inspect.signature(self._factory).parameters
         arguments.update({name: value for name, value in self._given().items() if name in parameters})
         try:

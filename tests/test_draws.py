@@ -6,9 +6,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ def _key(value: int = 7) -> Tensor:
 
 
 def _drawn(draw: Callable[[], Any], key: int = 7) -> Any:
-    with Draws(_key(key)):
+    with Draws(_key(key), key):
         return draw()
 
 
@@ -117,12 +119,16 @@ FORMS = {
     "rand of numbers": lambda: torch.rand(2, 3),
     "rand of a size": lambda: torch.rand((2, 3)),
     "rand of nothing": lambda: torch.rand(()),
+    "rand from no generator": lambda: torch.rand(2, 3, generator=None, out=None),
     "rand by name": lambda: torch.rand(size=(2, 3)),
     "rand with a gradient": lambda: torch.rand(2, requires_grad=True),
     "rand on a device": lambda: torch.rand(2, device="cpu", dtype=torch.float64),
     "rand of complex numbers": lambda: torch.rand(2, dtype=torch.complex64),
     "randn_like in another type": lambda: torch.randn_like(X, dtype=torch.float64),
     "randint in another type": lambda: torch.randint(0, 5, (3,), dtype=torch.int32),
+    "randn_like by name": lambda: torch.randn_like(input=X),
+    "bernoulli by name": lambda: torch.bernoulli(input=X.sigmoid(), p=0.5),
+    "attention by name": lambda: F.scaled_dot_product_attention(query=X, key=X, value=X, dropout_p=0.5),
     "randint between": lambda: torch.randint(2, high=4, size=(3,)),
     "randint_like between": lambda: torch.randint_like(X, 2, 5),
     "randperm in another type": lambda: torch.randperm(5, dtype=torch.int32),
@@ -138,9 +144,13 @@ FORMS = {
     "dropout at rest": lambda: F.dropout(X, 0.5, training=False),
     "rrelu": lambda: F.rrelu(X, training=True),
     "normal_ by name": lambda: torch.empty(3).normal_(mean=1.0, std=2.0, generator=None),
+    "after a seed": lambda: (torch.manual_seed(3), torch.rand(4))[1],
     "poisson": lambda: torch.poisson(X.abs()),
     "Categorical": lambda: torch.distributions.Categorical(logits=X).sample(),
 }
+
+
+SAME = ("one's own generator", "after a seed", "dropout of all", "dropout of none", "dropout at rest")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -150,7 +160,7 @@ def test_every_form_of_a_call_gives_what_torch_gives(name: str) -> None:
     assert (found.shape, found.dtype, found.requires_grad) == (
         native.shape, native.dtype, native.requires_grad
     )  # fmt: skip
-    if name in ("one's own generator", "dropout of all", "dropout of none", "dropout at rest"):
+    if name in SAME:
         torch.testing.assert_close(found, native)
 
 
@@ -297,6 +307,26 @@ class Always(Small):
         return self.head(F.dropout(torch.relu(self.first(inputs)), 0.3, True))
 
 
+class Blended(Small):
+    """Mixup as it is mostly written."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            share = np.random.beta(0.4, 0.4)
+            inputs = share * inputs + (1 - share) * inputs[torch.randperm(len(inputs))]
+        return self.head(torch.relu(self.first(inputs)))
+
+
+class Deep(Small):
+    """Stochastic depth, by Python's generator: the first two steps of a training may look alike."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        if self.training and random.random() < 0.6:
+            hidden = hidden + torch.relu(hidden)
+        return self.head(hidden)
+
+
 class Recurrent(nn.Module):
     cell: type[nn.Module] = nn.GRU
     options: ClassVar[dict[str, Any]] = {"num_layers": 2, "dropout": 0.3, "batch_first": True}
@@ -342,7 +372,7 @@ class Plain(Recurrent):
 
 
 MODULES = [Functional, Layers, Transformer, Undropped, Latent, Distributed, Chosen, Mixed, Timed, Skipping]
-MODULES += [Always, Recurrent, LSTM, Both, Stateful, Plain]
+MODULES += [Always, Blended, Deep, Recurrent, LSTM, Both, Stateful, Plain]
 
 
 def _trainer(engine: type[LoopTrainer], kind: type[nn.Module]) -> tuple[LoopTrainer, Any]:
@@ -377,7 +407,7 @@ def test_modules_that_draw_train_together_as_alone(kind: type[nn.Module]) -> Non
 
 
 @pytest.mark.parametrize("engine", [LoopTrainer, FusedTrainer])
-@pytest.mark.parametrize("kind", [Functional, Transformer, Latent, Skipping, LSTM])
+@pytest.mark.parametrize("kind", [Functional, Transformer, Latent, Skipping, LSTM, Blended, Deep])
 def test_stopped_and_resumed_is_as_in_one_go(kind: type[nn.Module], engine: type[LoopTrainer]) -> None:
     expected, metrics = _trained(engine, kind)
     trainer, population = _trainer(engine, kind)
@@ -388,7 +418,7 @@ def test_stopped_and_resumed_is_as_in_one_go(kind: type[nn.Module], engine: type
         if not result.paused:
             break
         tensors, meta = population.state()
-        torch.rand(3)  # something else draws meanwhile
+        torch.rand(3), np.random.rand(3), random.random()  # something else draws meanwhile
         trainer, population = _trainer(engine, kind)
         population.restore({name: tensor.clone() for name, tensor in tensors.items()}, meta)
     assert found == metrics

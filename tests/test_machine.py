@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hpt_torch.data import split
 from hpt_torch.machine import are_denormals_zero, denormals_are_zero, settings_restored
+from hpt_torch.seeding import bookmark
 from hpt_torch.tasks import Classification
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
@@ -63,6 +66,18 @@ def test_what_was_set_before_stays_set() -> None:
 def test_the_threads_of_a_run_treat_denormals_alike() -> None:
     done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
+
+
+def test_a_callers_generators_and_precision_are_as_they_were() -> None:
+    draw = lambda: (float(torch.rand(1)), np.random.rand(), random.random())  # noqa: E731
+    go_back, precision = bookmark(), torch.backends.cuda.matmul.fp32_precision
+    expected = draw()
+    go_back()
+    with settings_restored():
+        draw()
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert draw() == expected
+    assert torch.backends.cuda.matmul.fp32_precision == precision
 
 
 @pytest.mark.parametrize("warn_only", [True, False])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpt_torch.models.noise import hash_bits, inside_transform, stream_key
+from hpt_torch.models.rates import Rate
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -41,6 +42,7 @@ class Dropout(nn.Module):
 
     dropout: Tensor
     noise_key: Tensor
+    hparam = "dropout"  # the hyperparameter that is its rate; empty: none
 
     def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()
@@ -92,17 +94,20 @@ def constant(value: Tensor | float) -> float | None:
     return float(value)
 
 
-def make_stateless(model: nn.Module) -> nn.Module:
+def make_stateless(model: nn.Module, *, marked: bool = False) -> nn.Module:
     """Makes a `Dropout` of every ``nn.Dropout`` and numbers them. Changes and returns the model.
 
-    The objects stay the same: a model may know them by other names as well, and may read their `p`.
+    The objects stay the same: a model may know them by other names as well, and may read their `p`. marked:
+    rates that are hyperparameters are a `Rate`, the others are not; else they are the one called `dropout`.
     """
     for module in model.modules():
         if type(module) is nn.Dropout:
             p, inplace, training = module.p, module.inplace, module.training
+            hparam = (p.argument if isinstance(p, Rate) else "") if marked else "dropout"
             module.__class__ = Dropout  # type: ignore[assignment]
             Dropout.__init__(module, min(p, 1 - 2**-24))  # type: ignore[arg-type]
-            module.p, module.inplace = p, inplace
+            module.p, module.inplace = float(p), inplace
+            vars(module)["hparam"] = hparam
             module.train(training)
     for layer, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
         module.layer = layer

@@ -72,7 +72,7 @@ def build(task: Task, hparams: HParams, trial: int, seed: int, rows: Part | None
             row = {n: t.float() if t.is_floating_point() else t for n, t in one_row(rows).items()}
             with torch.no_grad():
                 task.metrics(model.eval(), row)
-    return make_stateless(model).train()
+    return make_stateless(model, marked=bool(task.rate_hparams)).train()
 
 
 def one_row(rows: Part) -> dict[str, Tensor]:
@@ -83,19 +83,29 @@ def one_row(rows: Part) -> dict[str, Tensor]:
 _OF_TRAINING = frozenset(spec.name for spec in (*TRAINING, *CLASSIFICATION))
 
 
-def is_hparam_buffer(name: str, dynamic: frozenset[str]) -> bool:
-    """Whether a buffer is a hyperparameter of the model (or its noise key) rather than the model's own: one
-    that is called `eps` or `alpha` has nothing to do with the optimizer's."""
-    leaf = name.rpartition(".")[2]
-    return leaf == "noise_key" or (leaf in dynamic and leaf not in _OF_TRAINING)
+def hparam_buffers(model: nn.Module, dynamic: frozenset[str]) -> dict[str, str]:
+    """The model's buffers that are hyperparameters of it, by name: which. One that is called `eps` or `alpha`
+    has nothing to do with the optimizer's."""
+    found = {}
+    for path, module in model.named_modules():
+        for leaf, _ in module.named_buffers(recurse=False):
+            hparam = module.hparam if isinstance(module, Dropout) and leaf == "dropout" else leaf
+            if hparam in dynamic and hparam not in _OF_TRAINING:
+                found[f"{path}.{leaf}" if path else leaf] = hparam
+    return found
+
+
+def is_noise_key(name: str) -> bool:
+    """Whether a buffer is the key of a layer's noise."""
+    return name.rpartition(".")[2] == "noise_key"
 
 
 def set_hparams(model: nn.Module, hparams: HParams, dynamic: frozenset[str]) -> None:
     """Fills the model's hyperparameter buffers with these values."""
-    for name, buffer in model.named_buffers():
-        leaf = name.rpartition(".")[2]
-        if is_hparam_buffer(name, dynamic) and leaf in hparams:
-            buffer.fill_(float(hparams[leaf]))  # type: ignore[arg-type]
+    buffers = dict(model.named_buffers())
+    for name, hparam in hparam_buffers(model, dynamic).items():
+        if hparam in hparams:
+            buffers[name].fill_(float(hparams[hparam]))  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, Dropout):
             module.rate = float(module.dropout)
@@ -134,7 +144,7 @@ def evaluate(
     model.eval()
     totals: dict[str, Tensor | list[Tensor]] = {}
     for index, batch in rows.batches(None, EVALUATION_BATCH):
-        with Draws(evaluation_key(index, rows.device)), cast(rows, autocast):
+        with Draws(*evaluation_noise(index, rows.device)), cast(rows, autocast):
             sums = task.metrics(model, batch)
         for name, value in sums.items():
             if name.startswith("each_"):
@@ -161,9 +171,11 @@ def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextMan
     return entered
 
 
-def evaluation_key(index: int, device: torch.device) -> Tensor:
-    """The noise key of a batch in evaluation: the same for all members, and at all times."""
-    return torch.tensor(batch_key(_EVALUATION, index), dtype=torch.int32, device=device)
+def evaluation_noise(index: int, device: torch.device) -> tuple[Tensor, int]:
+    """The noise key of a batch in evaluation, as a tensor and as 32 bits: the same for all members, at all
+    times."""
+    key = batch_key(_EVALUATION, index)
+    return torch.tensor(key, dtype=torch.int32, device=device), key & 0xFFFFFFFF
 
 
 _EVALUATION = 0x5EED

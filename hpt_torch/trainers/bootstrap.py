@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hpt_torch.data import Part
 from hpt_torch.seeding import generator
 from hpt_torch.task import Task
-from hpt_torch.trainers.base import cast, evaluation_key
+from hpt_torch.trainers.base import cast, evaluation_noise
 from hpt_torch.trainers.draws import Draws
 
 BLOCKS = 500  # of rows; whole ones are drawn, which is nearly as good as single rows, for any task's metrics
@@ -33,8 +33,8 @@ def intervals(
     model.eval()
     blocks: list[dict[str, Tensor]] = []
     for index, batch in rows.batches(None, -(-len(rows) // BLOCKS)):
-        key = evaluation_key(index, rows.device)
-        with torch.no_grad(), Draws(key), cast(rows, autocast):
+        noise = Draws(*evaluation_noise(index, rows.device))
+        with torch.no_grad(), noise, cast(rows, autocast):
             sums = task.metrics(model, batch)
             blocks.append({name: torch.as_tensor(value).detach().cpu() for name, value in sums.items()})
     model.train(was_training)

@@ -31,39 +31,61 @@ from hpt_torch.models.noise import (
     uniform,
 )
 from hpt_torch.models.rnn import run_layer
+from hpt_torch.seeding import seed_others
 
 _FIRST_STREAM = 2**16  # those before are of layers
+_MOST_DRAWS = 2**24
+_OTHERS = frozenset({"generator", "out"})  # what of the user's own a draw may use
 
 
 class Draws(TorchFunctionMode):
     """Within the block, what is drawn is noise of `key` (int32, shape ()).
 
     The number of a draw is kept as the seed of torch's generator, so that what puts its state back to run
-    code again (activation checkpointing) sees the same noise. Draws from a generator of the user's own, and
-    functions that are not in `_DRAWN`, draw as ever.
+    code again (activation checkpointing) sees the same noise. Functions that are not in `_WRITTEN_OUT`, and
+    draws from a generator of the user's own, or after a `torch.manual_seed` of his, are torch's.
+
+    seed: 32 bits with which torch's, NumPy's and Python's generators begin. Mapping and recording are blind
+    to the last two; where they have drawn anything `drew_elsewhere` is counted up.
     """
 
-    def __init__(self, key: Tensor) -> None:
+    drew_elsewhere = 0
+
+    def __init__(self, key: Tensor, seed: int) -> None:
         super().__init__()
-        self._key, self._start = key, torch.default_generator.initial_seed()
+        self._key, self._seed, self._depth = key, seed, 0
+
+    def __enter__(self) -> Draws:
+        if not self._depth:
+            seed_torch(self._seed)
+            self._start, self._drew = torch.default_generator.initial_seed(), seed_others(self._seed)
+        self._depth += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+        self._depth -= 1
+        Draws.drew_elsewhere += not self._depth and self._drew()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _WRITTEN_IN_PYTHON:
             with self:
                 return _body(func)(*args, **kwargs)
-        drawn = _DRAWN.get(func)
-        if drawn is not None and kwargs.get("generator") is None and kwargs.get("out") is None:
-            found = drawn(self, *args, **kwargs)
-            if found is not NotImplemented:
-                return found
+        if func in _WRITTEN_OUT and 0 <= torch.default_generator.initial_seed() - self._start < _MOST_DRAWS:
+            named = {n: value for n, value in kwargs.items() if value is not None or n not in _OTHERS}
+            if _OTHERS.isdisjoint(named):
+                found = _WRITTEN_OUT[func](self, *args, **named)
+                if found is not NotImplemented:
+                    return found
         return func(*args, **kwargs)
 
     def key(self) -> Tensor:
         """The key of the next draw."""
         number = torch.default_generator.initial_seed()
-        torch.default_generator.manual_seed((number + 1) % 2**64)
-        return stream_key_of(self._key, (_FIRST_STREAM + number - self._start) % 2**32)
+        torch.default_generator.manual_seed(number + 1)
+        return stream_key_of(self._key, _FIRST_STREAM + number - self._start)
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1), of the shape, dtype and device of `like`."""
@@ -79,6 +101,11 @@ class Draws(TorchFunctionMode):
             return NotImplemented  # so that torch says what is wrong
         drawn = uniform(self.key(), like.shape, torch.float64, like.device)[0]
         return (drawn.mul_(high - low).floor_() + low).to(like.dtype)
+
+
+def seed_torch(seed: int) -> None:
+    """Begins torch's generator of the CPU with 32 bits, far from any seed that a user would choose."""
+    torch.default_generator.manual_seed(2**62 + seed)
 
 
 _Drawn = Callable[..., Any]
@@ -97,8 +124,8 @@ def _new(draw: Callable[[Draws, Tensor], Tensor]) -> _Drawn:
 def _like(draw: Callable[[Draws, Tensor], Tensor]) -> _Drawn:
     """Of ``torch.rand_like(x)``: a tensor like another one."""
 
-    def drawn(noise: Draws, x: Tensor, requires_grad: bool = False, **options: Any) -> Any:
-        like = torch.empty_like(x, **options)
+    def drawn(noise: Draws, input: Tensor, requires_grad: bool = False, **options: Any) -> Any:
+        like = torch.empty_like(input, **options)
         return _wanted(draw(noise, like), requires_grad) if like.dtype in FLOATS else NotImplemented
 
     return drawn
@@ -111,7 +138,7 @@ def _wanted(drawn: Tensor, requires_grad: bool) -> Tensor:
 def _into(draw: Callable[..., Tensor]) -> _Drawn:
     """Of ``x.normal_()``: into a tensor that is there."""
 
-    def drawn(noise: Draws, x: Tensor, *arguments: Any, generator: None = None, **named: Any) -> Any:
+    def drawn(noise: Draws, x: Tensor, *arguments: Any, **named: Any) -> Any:
         return x.copy_(draw(noise, x, *arguments, **named)) if x.dtype in FLOATS else NotImplemented
 
     return drawn
@@ -131,7 +158,7 @@ def _exponential_(noise: Draws, x: Tensor, lambd: float = 1.0) -> Tensor:
     return (-torch.log1p(-noise.uniform(x))).clamp_(min=torch.finfo(x.dtype).tiny) / lambd
 
 
-def _normal(noise: Draws, mean: Any, std: Any = 1.0, *size: Any, generator: None = None, **more: Any) -> Any:
+def _normal(noise: Draws, mean: Any, std: Any = 1.0, *size: Any, **more: Any) -> Any:
     if size or "size" in more:
         shape = size[0] if size else more.pop("size")
         return _new(Draws.normal)(noise, shape, **more) * std + mean
@@ -139,13 +166,13 @@ def _normal(noise: Draws, mean: Any, std: Any = 1.0, *size: Any, generator: None
     return noise.normal(like) * std + mean if like.dtype in FLOATS else NotImplemented
 
 
-def _bernoulli(noise: Draws, x: Tensor, p: float | None = None, *, generator: None = None) -> Any:
-    if x.dtype not in FLOATS:
+def _bernoulli(noise: Draws, input: Tensor, p: float | None = None) -> Any:
+    if input.dtype not in FLOATS:
         return NotImplemented
-    return (noise.uniform(x) < (x if p is None else p)).to(x.dtype)
+    return (noise.uniform(input) < (input if p is None else p)).to(input.dtype)
 
 
-def _bernoulli_(noise: Draws, x: Tensor, p: Any = 0.5, *, generator: None = None) -> Tensor:
+def _bernoulli_(noise: Draws, x: Tensor, p: Any = 0.5) -> Tensor:
     drawn = uniform(noise.key(), x.shape, torch.float32, x.device)[0]
     return x.copy_((drawn < p).to(x.dtype))
 
@@ -156,11 +183,11 @@ def _randint(noise: Draws, *arguments: Any, requires_grad: bool = False, **optio
     return noise.whole(torch.empty(size, **{"dtype": torch.int64, **options}), low, high)
 
 
-def _randint_like(noise: Draws, x: Tensor, *bounds: int, **options: Any) -> Any:
+def _randint_like(noise: Draws, input: Tensor, *bounds: int, **options: Any) -> Any:
     if len(bounds) not in (1, 2) or {"low", "high"} & options.keys():
         return NotImplemented
     low, high = bounds if len(bounds) == 2 else (0, bounds[0])
-    return noise.whole(torch.empty_like(x, **options), low, high)
+    return noise.whole(torch.empty_like(input, **options), low, high)
 
 
 def _randperm(noise: Draws, n: int, **options: Any) -> Any:
@@ -168,13 +195,15 @@ def _randperm(noise: Draws, n: int, **options: Any) -> Any:
     return hash_words(noise.key(), n, like.device).argsort(stable=True).to(like.dtype)
 
 
-def _multinomial(noise: Draws, p: Tensor, count: int, replacement: bool = False, **named: Any) -> Any:
+def _multinomial(noise: Draws, input: Tensor, num_samples: int, replacement: bool = False) -> Any:
     """The first of exponential arrivals with these rates (Efraimidis and Spirakis 2006)."""
-    rates = p.unsqueeze(-2).expand(*p.shape[:-1], count, p.shape[-1]) if replacement else p
-    if p.dtype not in FLOATS or (count > p.shape[-1] and not replacement):
+    *rows, kinds = input.shape
+    if input.dtype not in FLOATS or (num_samples > kinds and not replacement):
         return NotImplemented
-    arrivals = _exponential_(noise, rates) / rates
-    return arrivals.argmin(-1) if replacement else arrivals.topk(count, largest=False).indices
+    if replacement:
+        rates = input.unsqueeze(-2).expand(*rows, num_samples, kinds)
+        return (_exponential_(noise, rates) / rates).argmin(-1)
+    return (_exponential_(noise, input) / input).topk(num_samples, largest=False).indices
 
 
 # -- dropout -------------------------------------------------------------------------------------------
@@ -210,9 +239,9 @@ _SATURATED = 1.7580993408473766  # Klambauer et al. 2017, "Self-Normalizing Neur
 
 def _attention(
     noise: Draws,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -221,8 +250,9 @@ def _attention(
 ) -> Any:
     """As torch's documentation writes it out. (..., L, E), (..., S, E), (..., S, Ev) -> (..., L, Ev)."""
     drops = 0 < dropout_p < 1
-    if not drops and not (inside_transform() and q.device.type == "cpu"):
+    if query.is_nested or not (drops or (inside_transform() and query.device.type == "cpu")):
         return NotImplemented
+    q, k, v = query, key, value
     if enable_gqa:
         k, v = (t.repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))
     scores = q @ k.transpose(-2, -1) * (q.size(-1) ** -0.5 if scale is None else scale)
@@ -299,7 +329,7 @@ def _out_of_place(name: str) -> _Drawn:
 
 
 _CELLS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
-_DRAWN: dict[Any, _Drawn] = {
+_WRITTEN_OUT: dict[Any, _Drawn] = {
     torch.rand: _new(Draws.uniform),
     torch.randn: _new(Draws.normal),
     torch.rand_like: _like(Draws.uniform),

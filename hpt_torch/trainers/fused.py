@@ -142,6 +142,8 @@ class FusedTrainer(LoopTrainer):
     def why_not(self, population: Population) -> str | None:
         """Why these members cannot be trained together, or None: found by mapping one step and an evaluation
         of a copy of them over two rows."""
+        if reason := self.task.why_not_together(population.hparams[0]):
+            return reason
         module = self.module(population.hparams[0], population.trials[0])
         for name, parameter in module.named_parameters():
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):

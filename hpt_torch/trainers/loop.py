@@ -154,7 +154,8 @@ class LoopTrainer:
         if not learned:
             raise InfeasibleError("every parameter is frozen, so nothing is left to train; freeze fewer")
         fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-        fixed |= {n: b for n, b in model.named_buffers() if not base.is_hparam_buffer(n, self.dynamic)}
+        own = base.hparam_buffers(model, self.dynamic)
+        fixed |= {n: b for n, b in model.named_buffers() if n not in own and not base.is_noise_key(n)}
         return learned, fixed
 
     # -- training --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hpt_torch import lr_schedules, optim
 from hpt_torch.models.layers import set_noise, stateless_layers
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
-from hpt_torch.trainers.draws import Draws
+from hpt_torch.trainers.draws import Draws, seed_torch
 from hpt_torch.trainers.programs import shapes
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Member:
         self.buffers = dict(self.model.named_buffers())
         self.replaced = ""  # a buffer in whose place the model puts another tensor
         self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
-        fixed = {n: t for n, t in self.buffers.items() if base.is_hparam_buffer(n, trainer.dynamic)}
+        own = base.hparam_buffers(self.model, trainer.dynamic)
+        fixed = {n: t for n, t in self.buffers.items() if n in own or base.is_noise_key(n)}
         fixed |= {n: t for n, t in self.h_tensors.items() if n in trainer.dynamic}
         self.constants = list(fixed.values())
         self.steady = [*self.constants, *(t for n, t in self.h_tensors.items() if n != "noise_key")]
@@ -107,9 +108,6 @@ class Member:
         epoch, index)."""
         key = base.batch_key(self.noise, index)
         self._set_noise(key)
-        torch.default_generator.manual_seed(key & 0xFFFFFFFF)  # for draws of the user's own modules
-        if self._cuda:
-            torch.cuda.manual_seed(key & 0xFFFFFFFF)
         loss, grads = self._gradients(batch, index)
         self.steps += 1
         for group in self.groups:
@@ -141,6 +139,10 @@ class Member:
     def _set_noise(self, key: int) -> None:
         set_noise(self.noisy, key)
         self.tensors["noise_key"].fill_(key)
+        self._seed = key & 0xFFFFFFFF
+        seed_torch(self._seed)
+        if self._cuda:
+            torch.cuda.manual_seed(self._seed)
 
     def _gradients(self, batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of the batch, in one piece or added up over its parts."""
@@ -176,7 +178,7 @@ class Member:
 
     def _plain(self, params: Any, buffers: Any, h_tensors: Any, batch: Mapping[str, Tensor]) -> Any:
         """`_differentiate`, with plain autograd. The arguments are the model's own tensors and `tensors`."""
-        with Draws(self.tensors["noise_key"]):  # also where gradients compute something again
+        with Draws(self.tensors["noise_key"], self._seed):  # also where gradients compute something again
             with torch.enable_grad(), base.cast(self.trainer.probe, self.trainer.autocast):
                 loss = self.trainer.task.loss(self.model, batch, self.tensors)
             self._take_back_buffers()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpt_torch.seeding import torch_bookmark
+from hpt_torch.seeding import bookmark
 from hpt_torch.trainers.traced import trace
 
 TRACE_FROM = 8  # calls that are left: tracing and its check cost as much as two of them
@@ -94,7 +94,7 @@ class Program:
         scratch = _copies(buffers)
         # It may write into all that it is given.
         own = [_copies(one) if isinstance(one, dict) else one.clone() for one in (params, *rest)]
-        repeat_draws = torch_bookmark(_devices(params))
+        repeat_draws = bookmark(_devices(params))
         found = self._run(own[0], scratch, *own[1:])
         repeat_draws()
         expected = function(params, buffers, *rest)
@@ -106,7 +106,7 @@ class Program:
         self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
     ) -> Any:
         saved, before = _copies(buffers), plain(self._watched)
-        repeat_draws = torch_bookmark(_devices(params))
+        repeat_draws = bookmark(_devices(params))
         try:
             run, outputs = trace(
                 function, params, buffers, *rest, constants=self._constants, steady=self._steady

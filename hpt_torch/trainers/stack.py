@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -67,6 +68,10 @@ class Stack:
         }
         self.params, self.buffers, self.slots = (self.groups[name] for name in ("params", "buffers", "slots"))
         self.sums = self.groups["sums"]
+        self.seed, self.seeds_A = (
+            0,
+            [0],
+        )  # 32 bits for the noise of the rows that are trained on; for all parts
         self.steps_left = 0  # of the trials, this epoch's included: decides whether tracing pays
         self.steps = [population.step[i] for i in self.rows]
         self.hparams = [population.hparams[i] for i in self.rows]
@@ -105,12 +110,8 @@ class Stack:
             bool(self.static["decay_norm_and_bias"]),
         )
         self.noisy = stateless_layers(self.module)
-        leaves = {name: name.rpartition(".")[2] for name, _ in self.module.named_buffers()}
-        self.hparam_buffers = {
-            name: leaf
-            for name, leaf in leaves.items()
-            if leaf in self.h and base.is_hparam_buffer(name, trainer.dynamic)
-        }
+        own = base.hparam_buffers(self.module, trainer.dynamic)
+        self.hparam_buffers = {name: hparam for name, hparam in own.items() if hparam in self.h}
         for name, module in self.module.named_modules():
             if isinstance(module, Dropout) and module in self.noisy:
                 mine = self.hparam_buffers.get(f"{name}.dropout")
@@ -136,6 +137,8 @@ class Stack:
         noise, parts = base.noise_seed(self.trainer.seed, epoch), int(self.static["accumulation_steps"])
         keys_SAL = base.noise_keys(noise, batches, parts, layers)
         self.keys_SAL = torch.from_numpy(keys_SAL).to(self.trainer.device)
+        self.seeds_SA = keys_SAL[..., -1].view(np.uint32).tolist()
+        self.seeds_A = self.seeds_SA[0]
 
     def _schedule(self, lr_PS: Tensor) -> None:
         """Takes note of the epoch's learning rates."""
@@ -173,6 +176,7 @@ class Stack:
 
     def step(self, batch: Mapping[str, Tensor], index: int) -> None:
         """One optimizer step of every member, on the same batch."""
+        self.seeds_A = self.seeds_SA[index]
         losses_P, grads = self._gradients(batch, self.keys_SAL[index])
         self._penalise(grads)
         self._clip(grads, base.norm_is_measured(index, self.batches))
@@ -196,6 +200,7 @@ class Stack:
         """(losses (P,), gradients (P, *shape)) of the batch, in one piece or added up over its parts."""
         rows = len(next(iter(batch.values())))
         parts = min(int(self.static["accumulation_steps"]), rows)
+        self.seed = self.seeds_A[0]
         if parts == 1:
             grads, losses_P = self._map(batch, keys_AL[0])
             return losses_P, grads
@@ -204,6 +209,7 @@ class Stack:
         for part in range(parts):
             start, stop = rows * part // parts, rows * (part + 1) // parts
             piece = {n: t[start:stop] for n, t in batch.items()}
+            self.seed = self.seeds_A[part]
             grads, losses_P = self._map(piece, keys_AL[part])
             share = (stop - start) / rows
             total = {n: g * share + total[n] if total else g * share for n, g in grads.items()}
@@ -237,7 +243,7 @@ class Stack:
             rows: dict[str, Tensor],
         ) -> Tensor:
             tensors = {**{f"model.{n}": t for n, t in params.items()}, **buffers, **noise}
-            with Draws(keys_L[-1]), base.cast(self.trainer.probe, self.trainer.autocast):
+            with Draws(keys_L[-1], self.seed), base.cast(self.trainer.probe, self.trainer.autocast):
                 arguments = rows, {**self.static, **values, "noise_key": keys_L[-1]}
                 value: Tensor = functional_call(self.module, tensors, arguments)
             return value
@@ -315,14 +321,15 @@ class Stack:
             params: dict[str, Tensor], fixed: dict[str, Tensor], key: Tensor, part: dict[str, Tensor]
         ) -> Any:
             tensors = {**{f"model.{n}": t for n, t in params.items()}, **fixed}
-            with Draws(key), base.cast(rows, self.trainer.autocast):
+            with Draws(key, self.seed), base.cast(rows, self.trainer.autocast):
                 return functional_call(self.module, tensors, (part, None))
 
         self.module.eval()
         totals: dict[str, list[Tensor]] = {}
         mapped = vmap(sums, in_dims=(0, 0, None, None), randomness="error")
         for index, part in rows.batches(None, base.EVALUATION_BATCH):
-            run, key = self._program("evaluate", part), base.evaluation_key(index, self.trainer.device)
+            run = self._program("evaluate", part)
+            key, self.seed = base.evaluation_noise(index, self.trainer.device)
             for name, value in run(mapped, weights, fixed, key, dict(part)).items():
                 totals.setdefault(name, []).append(value)
         self.module.train()

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from hpt_torch.trainers.draws import Draws
 from hpt_torch.trainers.operations import (
     Call,
     branches,
@@ -104,10 +105,12 @@ def record(
     The former is None where the function reads the values of other tensors than `constants`.
     """
     inputs = flat(arguments)
+    drew = Draws.drew_elsewhere
     with _Recorder(inputs) as recorder, _Reads() as reads:
         returned = function(*arguments)
     if (
         reads.found
+        or Draws.drew_elsewhere != drew
         or branches(recorder.calls, {id(tensor) for tensor in constants})
         or _writes_elsewhere(recorder, inputs)
     ):

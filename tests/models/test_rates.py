@@ -1,0 +1,224 @@
+"""Arguments of a user's model that only are dropout rates: found, trained together, each with its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hpt_torch as hpt
+from hpt_torch.data import split
+from hpt_torch.models.rates import Rate
+from hpt_torch.record import Record
+from hpt_torch.tasks import Classification
+from hpt_torch.trainers.fused import FusedTrainer
+from hpt_torch.trainers.loop import LoopTrainer
+from hpt_torch.types import HParams
+
+CPU = torch.device("cpu")
+
+
+class Plain(nn.Module):
+    """Two rates by names of its own, and one that is fixed."""
+
+    def __init__(self, drop_in: float = 0.1, dropout: float = 0.2, width: int = 8) -> None:
+        super().__init__()
+        if not 0 <= drop_in < 1 or dropout > 1.0:
+            raise ValueError("checks of the range decide nothing")
+        self.first = nn.Sequential(nn.Dropout(drop_in), nn.Linear(4, width), nn.ReLU(), nn.Dropout(dropout))
+        self.rest = nn.Sequential(nn.Dropout(0.4), nn.Linear(width, 3))
+        self.again = self.first[3]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.rest(self.first(inputs))
+
+
+def _net(dropout: float = 0.2, change: Callable[[Any, Any], Any] | None = None) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 3))
+    if change is not None:
+        change(model, dropout)
+    return model
+
+
+@dataclasses.dataclass
+class _Config:
+    dropout: float
+
+
+class _Slots:
+    __slots__ = ("rate",)
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+
+def _hook(model: nn.Module, p: float) -> None:
+    model.register_forward_hook(lambda module, args, output: F.dropout(output, p))
+
+
+OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
+    "an attribute": lambda model, p: setattr(model, "rate", p),
+    "another layer": lambda model, p: model.append(nn.Dropout2d(p)),
+    "half of it": lambda model, p: model.append(nn.Dropout(p / 2)),
+    "in a list": lambda model, p: setattr(model, "rates", [0.1, [p]]),
+    "in a dataclass": lambda model, p: setattr(model, "config", _Config(p)),
+    "in slots": lambda model, p: setattr(model, "config", _Slots(p)),
+    "in a function": lambda model, p: setattr(model, "drop", lambda x: F.dropout(x, p)),
+    "in a default": lambda model, p: setattr(model, "drop", lambda x, p=p: F.dropout(x, p)),
+    "in a partial": lambda model, p: setattr(model, "drop", functools.partial(F.dropout, p=p)),
+    "in a hook": _hook,
+    "in a hidden layer": lambda model, p: setattr(model, "hidden", [nn.Dropout(p)]),
+    "a tensor": lambda model, p: model.register_buffer("rate", torch.tensor(p)),
+    "weights": lambda model, p: model[0].weight.data.mul_(1 - p),
+    "a decision": lambda model, p: model.append(nn.Identity()) if p > 0 else None,
+    "truth": lambda model, p: model.append(nn.Identity()) if p else None,
+    "a number of layers": lambda model, p: [model.append(nn.Identity()) for _ in range(round(4 * p))],
+    "an equality": lambda model, p: p == 0.5,
+    "a name": lambda model, p: model.add_module(f"dropped {p}".replace(".", ""), nn.Identity()),
+    "too large to tell": lambda model, p: setattr(model, "table", [[i] for i in range(20_000)]),
+}
+
+
+def _data() -> Any:
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    return split(x, (x[:, 0] > 0).long() + (x[:, 1] > 0), seed=0)
+
+
+def test_rates_are_found_by_what_becomes_of_them() -> None:
+    task = Classification(Plain, _data())
+    assert task.rate_hparams == {"drop_in", "dropout"}
+    assert {"drop_in", "dropout", "lr"} <= task.dynamic_hparams
+    assert "width" not in task.dynamic_hparams
+    assert Classification(_net, _data()).rate_hparams == {"dropout"}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_is_used_otherwise_is_no_rate(name: str) -> None:
+    def build(dropout: float = 0.2) -> nn.Module:
+        return _net(dropout, OTHERWISE[name])
+
+    assert Classification(build, _data()).rate_hparams == frozenset()
+
+
+def test_optional_undecided_and_declared_arguments_are_left_as_they_are() -> None:
+    def optional(dropout: float | None = 0.1) -> nn.Module:
+        return nn.Linear(4, 3) if dropout is None else _net(dropout)
+
+    def required(width: int, dropout: float = 0.1) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.Dropout(dropout), nn.Linear(width, 3))
+
+    class Declared(Plain):
+        dynamic_hparams = frozenset({"dropout"})
+
+    class Own(Classification):
+        def build_model(self, hparams: HParams) -> nn.Module:
+            return Plain(0.3)
+
+    for task in (Classification(factory, _data()) for factory in (optional, required, Declared)):
+        assert task.rate_hparams == frozenset()
+    assert Own(Plain, _data()).rate_hparams == frozenset()
+
+
+DECISIONS: list[Callable[[Any], Any]] = [
+    lambda p: p > 0,
+    lambda p: p <= 0,
+    lambda p: p < 0.5,
+    lambda p: p >= 0.1,
+    lambda p: p == 0,
+    lambda p: bool(p),
+    lambda p: 1 - p,
+    lambda p: float(p),
+    lambda p: hash(p),
+    lambda p: f"{p:.1f}",
+]
+
+
+@pytest.mark.parametrize("decide", DECISIONS)
+def test_a_marked_number_says_what_a_number_says_and_remembers_it(decide: Callable[[Any], Any]) -> None:
+    rate = Rate(0.25, "dropout")
+    assert [rate < 0, rate >= 0, rate < 1, rate >= 1.0, rate > 1, rate <= 1.0] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert not rate.used
+    assert decide(rate) == decide(0.25)
+    assert rate.used
+    copy = pickle.loads(pickle.dumps(rate))
+    assert copy == 0.25
+    assert type(copy) is float
+
+
+def _hparams(task: Classification, **own: Any) -> dict[str, Any]:
+    defaults = {name: spec.default for name, spec in task.hparam_specs().items()}
+    return {**defaults, "optimizer": "adam", "lr": 0.01, "batch_size": 8, **own}
+
+
+def test_each_member_has_its_own_rates() -> None:
+    task = Classification(Plain, _data())
+    pairs = ((0.0, 0.5), (0.3, 0.0), (0.3, 0.5), (0.1, 0.2))
+    each = [_hparams(task, drop_in=a, dropout=b) for a, b in pairs]
+    data, found = task.data().to(CPU, torch.float64), []
+    for engine in (LoopTrainer, FusedTrainer):
+        trainer = engine(task, data, device=CPU, dtype=torch.float64, seed=3, epochs=3)
+        population = trainer.init([0, 1, 2, 3], each)
+        if isinstance(trainer, FusedTrainer):
+            assert trainer.why_not(population) is None
+        assert not trainer.train(population, 3, should_pause=lambda: False).failed
+        found.append([trainer.weights(population, i) for i in range(4)])
+    for alone, together in zip(*found, strict=True):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, rtol=1e-9, atol=1e-10)
+
+
+def test_a_rate_acts_on_its_own_layers_alone() -> None:
+    """Against the model with plain numbers, trained by hand without any noise."""
+    task = Classification(Plain, _data())
+    trainer = LoopTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
+    model = trainer.build(_hparams(task, drop_in=0.25, dropout=0.5), 0)
+    trainer.init([0], [_hparams(task, drop_in=0.25, dropout=0.5)])
+    rates = {name: float(m.dropout) for name, m in model.named_modules() if hasattr(m, "noise_key")}
+    assert rates == {"first.0": 0.25, "first.3": 0.5, "rest.0": pytest.approx(0.4)}
+
+
+def test_a_search_over_rates_trains_together(tmp_path: Path) -> None:
+    space = {"lr": hpt.Float(1e-3, 1e-1), "dropout": hpt.Float(0.0, 0.5), "width": hpt.Choice([8, 16])}
+    task = Classification(Plain, _data())
+    result = hpt.tune(task, space, trials=8, epochs=2, sampler="random", run_dir=tmp_path / "run")
+    with Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        chunks = [chunk for plan in record.of_kind("plan") for chunk in plan.body["chunks"]]
+    assert sum(len(chunk["trials"]) for chunk in chunks if chunk["engine"] == "fused") >= 7
+    model = result.best_model()
+    assert float(model.get_submodule("first.3").dropout) == pytest.approx(result.best.hparams["dropout"])
+
+
+def test_what_another_choice_uses_otherwise_trains_one_by_one() -> None:
+    class Either(nn.Module):
+        def __init__(self, kind: str = "layer", dropout: float = 0.1) -> None:
+            super().__init__()
+            self.kind, self.head = kind, nn.Linear(4, 3)
+            self.drop: Any = (
+                nn.Dropout(dropout) if kind == "layer" else functools.partial(F.dropout, p=dropout)
+            )
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.drop(inputs))
+
+    task = Classification(Either, _data())
+    assert task.rate_hparams == {"dropout"}
+    trainer = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
+    why = "dropout is used otherwise than as the rate of nn.Dropout"
+    for kind, reason in (("layer", None), ("function", why)):
+        each = [_hparams(task, kind=kind, dropout=p) for p in (0.1, 0.5)]
+        assert trainer.why_not(trainer.init([0, 1], each)) == reason

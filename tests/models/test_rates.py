@@ -19,6 +19,7 @@ from hpt_torch.data import split
 from hpt_torch.models.rates import Rate
 from hpt_torch.record import Record
 from hpt_torch.tasks import Classification
+from hpt_torch.trainers import base
 from hpt_torch.trainers.fused import FusedTrainer
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.types import HParams
@@ -183,11 +184,10 @@ def test_each_member_has_its_own_rates() -> None:
 
 
 def test_a_rate_acts_on_its_own_layers_alone() -> None:
-    """Against the model with plain numbers, trained by hand without any noise."""
     task = Classification(Plain, _data())
     trainer = LoopTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
-    model = trainer.build(_hparams(task, drop_in=0.25, dropout=0.5), 0)
-    trainer.init([0], [_hparams(task, drop_in=0.25, dropout=0.5)])
+    model = trainer.build(_hparams(task), 0)
+    base.set_hparams(model, _hparams(task, drop_in=0.25, dropout=0.5), task.dynamic_hparams)
     rates = {name: float(m.dropout) for name, m in model.named_modules() if hasattr(m, "noise_key")}
     assert rates == {"first.0": 0.25, "first.3": 0.5, "rest.0": pytest.approx(0.4)}
 

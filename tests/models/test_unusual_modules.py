@@ -191,6 +191,18 @@ class Reading(nn.Module):
         return self.head(inputs) * (3.0 if max(largest) > 2.0 else 1.0)
 
 
+class Selecting(nn.Module):
+    """How many numbers it goes on with depends on their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        return self.head(hidden) + hidden[hidden > 0].mean()
+
+
 class Aliased(nn.Module):
     """Keeps a parameter in a list as well."""
 
@@ -219,7 +231,7 @@ class Averaging(nn.Module):
 
 
 MODELS = [Layouts, Tied, Lazy, Sparse, InPlace, Stateful, OwnAlpha, Shrinking, Teacher, Hooked]
-MODELS += [Rebinding, Counting, Reading, Aliased]
+MODELS += [Rebinding, Counting, Reading, Selecting, Aliased]
 CASES = [(kind, engine) for kind in MODELS for engine in (LoopTrainer, FusedTrainer)]
 for cannot_be_mapped in (
     Sparse,
@@ -227,6 +239,7 @@ for cannot_be_mapped in (
     Rebinding,
     Counting,
     Reading,
+    Selecting,
     Aliased,
 ):  # the planner sends them to the loop
     CASES.remove((cannot_be_mapped, FusedTrainer))

@@ -212,7 +212,8 @@ def by_name(specs: Iterable[HParamSpec]) -> dict[str, HParamSpec]:
 
 
 def signature(hparams: HParams, dynamic: Iterable[str]) -> str:
-    """The sorted static items as JSON: equal signatures train the same program."""
+    """The sorted static items as JSON: equal signatures train the same program. (A dynamic one that is no
+    number, such as None, has no value that it could share.)"""
     hidden = frozenset(dynamic)
-    static = {name: value for name, value in hparams.items() if name not in hidden}
+    static = {n: v for n, v in hparams.items() if n not in hidden or not isinstance(v, (int, float))}
     return json.dumps(static, sort_keys=True, separators=(",", ":"))

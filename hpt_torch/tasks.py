@@ -17,7 +17,7 @@ from hpt_torch.data import DATASETS, Data, Rows
 from hpt_torch.hparams import HParamSpec, by_name
 from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
 from hpt_torch.models.augment import augment
-from hpt_torch.models.rates import Rate, is_kept, rates_of
+from hpt_torch.models.rates import Rate, kept_in, rates_of
 from hpt_torch.seeding import torch_seeded
 from hpt_torch.task import GIVEN, Batch, Task, model_specs, resolve
 from hpt_torch.types import HParams, InfeasibleError, Objective, TaskError
@@ -36,7 +36,7 @@ class Supervised(Task):
 
     model: called with the hyperparameters that its signature names (and with `input_shape`, `out_features`
     and `vocabulary` where it names those). Its keyword defaults are the hyperparameters' defaults. One that
-    only is the rate of ``nn.Dropout`` layers is dynamic. The attribute `dynamic_hparams`, if the model has
+    only is a rate of dropout is dynamic. The attribute `dynamic_hparams`, if the model has
     one, names those that are instead: it keeps them as buffers of the same name. Where the data has
     `lengths`, they are the model's second argument.
     """
@@ -95,8 +95,8 @@ class Supervised(Task):
 
     @functools.cached_property
     def rate_hparams(self) -> frozenset[str]:  # type: ignore[override]
-        """The arguments that only are rates of ``nn.Dropout`` layers, where the model does not say which are
-        dynamic: found by building it with its defaults."""
+        """The arguments that only are rates of dropout, where the model does not say which are dynamic: found
+        by building it with its defaults."""
         if hasattr(self._factory, "dynamic_hparams") or type(self).build_model.__module__ != __name__:
             return frozenset()
         defaults = {name: spec.default for name, spec in self._model_specs.items() if not spec.required}
@@ -116,11 +116,10 @@ class Supervised(Task):
         if not self.rate_hparams:
             return None
         marked, model = self._marked(hparams)
-        used = [name for name in sorted(self.rate_hparams & marked.keys()) if marked[name].used]
-        if used or is_kept(model):
-            name = used[0] if used else " or ".join(sorted(self.rate_hparams))
-            return f"{name} is used otherwise than as the rate of nn.Dropout"
-        return None
+        used = [name for name, rate in sorted(marked.items()) if isinstance(rate, Rate) and rate.used]
+        if used:
+            return f"{used[0]} decides what the model is, besides being a rate of dropout"
+        return None if kept_in(model) is not None else "the model is too large to tell where its rates are"
 
     def build_model(self, hparams: HParams) -> nn.Module:
         return self._marked(hparams)[1]
@@ -129,7 +128,8 @@ class Supervised(Task):
         """The model's arguments, those of `rate_hparams` marked, and the model."""
         arguments: dict[str, Any] = {n: value for n, value in hparams.items() if n in self._model_specs}
         for name in self.rate_hparams & arguments.keys():
-            arguments[name] = Rate(arguments[name], name)
+            if isinstance(arguments[name], (int, float)):
+                arguments[name] = Rate(arguments[name], name)
         return arguments, self._built(arguments)
 
     def _built(self, arguments: dict[str, Any]) -> nn.Module:

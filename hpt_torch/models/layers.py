@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpt_torch.models.noise import hash_bits, inside_transform, stream_key
-from hpt_torch.models.rates import Rate
+from hpt_torch.models.rates import Rate, number
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -105,8 +105,8 @@ def make_stateless(model: nn.Module, *, marked: bool = False) -> nn.Module:
             p, inplace, training = module.p, module.inplace, module.training
             hparam = (p.argument if isinstance(p, Rate) else "") if marked else "dropout"
             module.__class__ = Dropout  # type: ignore[assignment]
-            Dropout.__init__(module, min(p, 1 - 2**-24))  # type: ignore[arg-type]
-            module.p, module.inplace = float(p), inplace
+            Dropout.__init__(module, min(number(p), 1 - 2**-24))  # type: ignore[arg-type]
+            module.p, module.inplace = number(p), inplace
             vars(module)["hparam"] = hparam
             module.train(training)
     for layer, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):

@@ -1,22 +1,27 @@
 """Dropout rates among the arguments of a user's model: found by building it with numbers that leave a trace.
 
-An argument that becomes the rate of ``nn.Dropout`` layers, and nothing else, may differ between models that
-train as one program. One that also decides which layers there are, or that ``forward`` reads, may not.
+An argument that only is a rate of dropout, in layers or in calls of `F.dropout` and the like, may differ
+between models that train as one program. One that also decides which layers there are, or what is computed,
+may not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-_MOST = 10_000  # containers, objects and functions that are looked into
-_LEAVES = (torch.Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None))
+_MOST = 100_000  # numbers, and containers, objects and functions that are looked into
+_LEAVES = (str, bytes, int, float, complex, torch.Tensor, np.ndarray, np.generic, type(None))
+_OPAQUE = (type, types.ModuleType)
 
 
 class Rate(float):
@@ -27,10 +32,11 @@ class Rate(float):
 
     argument: str
     used: bool
+    tensor: torch.Tensor | None  # instead of the number, where many models are computed as one; shape ()
 
     def __new__(cls, value: float, argument: str) -> Rate:
         made = super().__new__(cls, value)
-        made.argument, made.used = argument, False
+        made.argument, made.used, made.tensor = argument, False, None
         return made
 
     def __lt__(self, other: float) -> bool:
@@ -49,8 +55,19 @@ class Rate(float):
         self.used = self.used or other != 1
         return float.__le__(self, other)
 
+    def __copy__(self) -> Rate:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Rate:
+        return self  # as layers are copied, it stays what it is
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return float, (float.__add__(self, 0.0),)
+        return float, (number(self),)
+
+
+def number(rate: float) -> float:
+    """The plain number."""
+    return float.__add__(rate, 0.0) if isinstance(rate, Rate) else rate
 
 
 def _tracing(name: str) -> Any:
@@ -69,48 +86,64 @@ for _name in (
     setattr(Rate, f"__{_name}__", _tracing(f"__{_name}__"))
 
 
-def rates_of(build: Callable[[Any], nn.Module]) -> bool:
-    """Whether the argument of `build`, a number in [0, 1), is the rate of ``nn.Dropout`` layers and nothing
-    else. build: returns the model, with the same initial weights at each call."""
-    low, high = Rate(0.25, "it"), Rate(0.5, "it")
+def rates_of(build: Callable[[float], nn.Module]) -> bool:
+    """Whether the argument of `build`, a number in [0, 1), may only be a rate of dropout: it has left no
+    other trace in the model. build: returns the model, with the same initial weights at each call."""
+    marked = Rate(0.25, "it"), Rate(0.5, "it")
     try:
-        first, second = build(low), build(high)
+        models = [build(rate) for rate in marked]
+        first, second = (list(_traces(model)) for model in models)
+        alike = len(first) == len(second) and all(map(_same, first, second))
     except Exception:  # of the user's model: it will say so again when it is trained
         return False
-    try:
-        build(None)
-    except Exception:
-        pass
-    else:
-        return False  # then None is a value of it, and none of a rate
-    marked = any(isinstance(layer.p, Rate) for layer in dropouts(first))
-    used = low.used or high.used or is_kept(first) or is_kept(second)
-    return marked and not used and _are_alike(first, second)
+    found = any(isinstance(trace, Rate) for trace in first)
+    return found and alike and not any(rate.used for rate in marked)
 
 
-def dropouts(model: nn.Module) -> Iterator[nn.Dropout]:
-    """The layers whose rates can be told apart."""
+def layers(model: nn.Module) -> Iterator[nn.Dropout]:
+    """The layers whose rates trainers keep as tensors."""
     return (module for module in model.modules() if type(module) is nn.Dropout)
 
 
-def is_kept(model: nn.Module) -> bool:
-    """Whether a rate is anywhere in the model but as that of ``nn.Dropout``; also where it is too large to
-    tell."""
-    known, seen = {id(layer) for layer in dropouts(model)}, {id(module) for module in model.modules()}
+def kept_in(model: nn.Module) -> list[Any] | None:
+    """What numbers, text and tensors the model has besides its parameters, buffers and the rates of `layers`;
+    its forward may read a `Rate` among them. None: too many to tell."""
+    known, seen = {id(layer) for layer in layers(model)}, {id(module) for module in model.modules()}
+    modules = len(seen)
     waiting = [
         value
         for module in model.modules()
         for name, value in vars(module).items()
         if name not in ("_parameters", "_buffers", "_modules") and (name != "p" or id(module) not in known)
     ]
+    found = []
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Rate) or len(seen) > _MOST:
-            return True
-        if id(value) not in seen and not isinstance(value, _LEAVES):
+        if isinstance(value, _LEAVES):
+            found.append(value)
+        elif id(value) not in seen and not isinstance(value, _OPAQUE):
             seen.add(id(value))
             waiting += islice(_inside(value), _MOST)
-    return False
+        if len(seen) + len(found) > modules + _MOST:
+            return None
+    return found
+
+
+def kept_rates(model: nn.Module) -> list[Rate]:
+    """The rates that the model's forward may read; the same object is so once."""
+    return list({id(value): value for value in kept_in(model) or () if isinstance(value, Rate)}.values())
+
+
+@contextlib.contextmanager
+def given(rates: Iterable[Rate], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within the block the rates are these tensors, of shape (), by argument."""
+    for rate in rates:
+        rate.tensor = values[rate.argument]
+    try:
+        yield
+    finally:
+        for rate in rates:
+            rate.tensor = None
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -131,13 +164,23 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from (getattr(value, name, None) for name in getattr(type(value), "__slots__", ()))
 
 
-def _are_alike(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models have the same modules and the same tensors."""
-    modules = [[(name, type(module)) for name, module in m.named_modules()] for m in (first, second)]
-    tensors = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (first, second)]
-    names = tensors[0].keys()
-    return (
-        modules[0] == modules[1]
-        and names == tensors[1].keys()
-        and all(torch.equal(tensors[0][name], tensors[1][name]) for name in names)
-    )
+def _traces(model: nn.Module) -> Iterator[Any]:
+    """What must be the same whatever the rate is, and the rates."""
+    kept = kept_in(model)
+    if kept is None:
+        raise ValueError("too large to tell")
+    yield from ((name, type(module)) for name, module in model.named_modules())
+    yield from (*model.named_parameters(), *model.named_buffers(), *kept)
+    yield from (layer.p for layer in layers(model))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return all(map(_same, a, b))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return is_lazy(a) or torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    return isinstance(a, Rate) or bool(a == b)

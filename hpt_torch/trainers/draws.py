@@ -10,16 +10,18 @@ Attention and recurrent layers, which torch.func cannot map, are written out whe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from hpt_torch.models.noise import (
     FLOATS,
@@ -30,6 +32,7 @@ from hpt_torch.models.noise import (
     stream_key_of,
     uniform,
 )
+from hpt_torch.models.rates import Rate, number
 from hpt_torch.models.rnn import run_layer
 from hpt_torch.seeding import seed_others
 
@@ -50,6 +53,7 @@ class Draws(TorchFunctionMode):
     """
 
     drew_elsewhere = 0
+    watching = False  # whether rates of dropout are looked for where they should not be
 
     def __init__(self, key: Tensor, seed: int) -> None:
         super().__init__()
@@ -70,6 +74,10 @@ class Draws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if Draws.watching and func not in _RATED:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Rate):
+                    leaf.used = True
         if func in _WRITTEN_IN_PYTHON:
             with self:
                 return _body(func)(*args, **kwargs)
@@ -83,9 +91,13 @@ class Draws(TorchFunctionMode):
 
     def key(self) -> Tensor:
         """The key of the next draw."""
-        number = torch.default_generator.initial_seed()
-        torch.default_generator.manual_seed(number + 1)
-        return stream_key_of(self._key, _FIRST_STREAM + number - self._start)
+        return stream_key_of(self._key, _FIRST_STREAM + self.count())
+
+    def count(self) -> int:
+        """How many draws came before the next one, which counts from now on."""
+        place = torch.default_generator.initial_seed()
+        torch.default_generator.manual_seed(place + 1)
+        return place - self._start
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1), of the shape, dtype and device of `like`."""
@@ -101,6 +113,17 @@ class Draws(TorchFunctionMode):
             return NotImplemented  # so that torch says what is wrong
         drawn = uniform(self.key(), like.shape, torch.float64, like.device)[0]
         return (drawn.mul_(high - low).floor_() + low).to(like.dtype)
+
+
+@contextlib.contextmanager
+def watching(key: Tensor) -> Iterator[None]:
+    """As `Draws`, and rates of dropout are marked as used where anything else is called with one."""
+    Draws.watching = True
+    try:
+        with Draws(key, 0):
+            yield
+    finally:
+        Draws.watching = False
 
 
 def seed_torch(seed: int) -> None:
@@ -209,29 +232,44 @@ def _multinomial(noise: Draws, input: Tensor, num_samples: int, replacement: boo
 # -- dropout -------------------------------------------------------------------------------------------
 
 
-def _mask(noise: Draws, like: Tensor, p: float, shape: torch.Size) -> Tensor:
+def _rate(p: float) -> Tensor | float:
+    """The rate of the member, where each has its own."""
+    return p.tensor if isinstance(p, Rate) and p.tensor is not None else number(p)
+
+
+def _mask(noise: Draws, like: Tensor, p: Tensor | float, shape: torch.Size) -> Tensor:
     """1 where a unit is kept, 0 elsewhere."""
     dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    bits = hash_bits(noise.key(), math.prod(shape), like.device).view(shape)
-    return bits.to(dtype).ge_(int(p * 2**16)).to(like.dtype)
+    bits = hash_bits(noise.key(), math.prod(shape), like.device).view(shape).to(dtype)
+    if isinstance(p, Tensor):  # as in `models.layers.Dropout`
+        return (bits - ((p * 2**16).floor().to(dtype) - 1)).clamp(0.0, 1.0).to(like.dtype)
+    return bits.ge_(int(p * 2**16)).to(like.dtype)
 
 
 def _dropout(*, features: bool = False, alpha: bool = False, inplace: bool = False) -> _Drawn:
     """features: whole channels (N, C, ...) are kept or dropped; alpha: mean and variance are kept."""
 
     def drawn(noise: Draws, x: Tensor, p: float, train: bool) -> Any:
-        if not train or not 0 < p < 1 or x.dtype not in FLOATS:
+        rate = _rate(p)
+        if not train or x.dtype not in FLOATS:
+            return NotImplemented
+        if not (isinstance(rate, Tensor) or 0 < rate < 1):
+            noise.count()  # for other members it may be another rate
             return NotImplemented
         shape = torch.Size([*x.shape[:2], *[1] * (x.dim() - 2)]) if features else x.shape
-        kept = _mask(noise, x, p, shape)
+        kept = _mask(noise, x, rate, shape)
         if not alpha:
-            kept = kept * (1 / (1 - p))
+            kept = kept * _like_input(1 / (1 - rate), x)
             return x.mul_(kept) if inplace else x * kept
-        scale = ((_SATURATED**2 * p + 1) * (1 - p)) ** -0.5
-        shift = (kept - 1) * (_SATURATED * scale) + _SATURATED * scale * p
+        scale = _like_input(((_SATURATED**2 * rate + 1) * (1 - rate)) ** -0.5, x)
+        shift = (kept - 1) * (_SATURATED * scale) + _SATURATED * scale * _like_input(rate, x)
         return x.mul_(kept * scale).add_(shift) if inplace else x * (kept * scale) + shift
 
     return drawn
+
+
+def _like_input(value: Tensor | float, x: Tensor) -> Tensor | float:
+    return value.to(x.dtype) if isinstance(value, Tensor) else value
 
 
 _SATURATED = 1.7580993408473766  # Klambauer et al. 2017, "Self-Normalizing Neural Networks"
@@ -249,7 +287,10 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """As torch's documentation writes it out. (..., L, E), (..., S, E), (..., S, Ev) -> (..., L, Ev)."""
-    drops = 0 < dropout_p < 1
+    rate = _rate(dropout_p)
+    drops = isinstance(rate, Tensor) or 0 < rate < 1
+    if isinstance(dropout_p, Rate) and not drops:
+        noise.count()
     if query.is_nested or not (drops or (inside_transform() and query.device.type == "cpu")):
         return NotImplemented
     q, k, v = query, key, value
@@ -317,6 +358,20 @@ _WRITTEN_IN_PYTHON = frozenset(
 )  # fmt: skip
 
 
+_DROPOUTS: dict[Any, _Drawn] = {
+    torch.dropout: _dropout(),
+    torch.dropout_: _dropout(inplace=True),
+    torch.feature_dropout: _dropout(features=True),
+    torch.feature_dropout_: _dropout(features=True, inplace=True),
+    torch.alpha_dropout: _dropout(alpha=True),
+    torch.alpha_dropout_: _dropout(alpha=True, inplace=True),
+    torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
+    torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, inplace=True),
+    F.scaled_dot_product_attention: _attention,
+}
+_RATED = _WRITTEN_IN_PYTHON | _DROPOUTS.keys()  # they may be given the rate of each member
+
+
 def _out_of_place(name: str) -> _Drawn:
     """``x.lerp_(...)`` and others which torch.func does member after member, though not ``x.lerp(...)``."""
 
@@ -346,15 +401,7 @@ _WRITTEN_OUT: dict[Any, _Drawn] = {
     Tensor.uniform_: _into(_uniform_),
     Tensor.normal_: _into(_normal_),
     Tensor.exponential_: _into(_exponential_),
-    torch.dropout: _dropout(),
-    torch.dropout_: _dropout(inplace=True),
-    torch.feature_dropout: _dropout(features=True),
-    torch.feature_dropout_: _dropout(features=True, inplace=True),
-    torch.alpha_dropout: _dropout(alpha=True),
-    torch.alpha_dropout_: _dropout(alpha=True, inplace=True),
-    torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
-    torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, inplace=True),
-    F.scaled_dot_product_attention: _attention,
+    **_DROPOUTS,
     **{
         getattr(Tensor, f"{name}_"): _out_of_place(name)
         for name in ("scatter", "index_copy", "lerp", "addcmul", "addcdiv")

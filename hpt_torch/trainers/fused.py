@@ -11,17 +11,20 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hpt_torch.data import Rows
 from hpt_torch.hparams import signature
 from hpt_torch.machine import denormals_are_zero
+from hpt_torch.models.rates import given, kept_rates
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
+from hpt_torch.trainers.draws import watching
 from hpt_torch.trainers.loop import LoopTrainer
 from hpt_torch.trainers.member import Member
 from hpt_torch.trainers.stack import Stack
@@ -159,6 +162,8 @@ class FusedTrainer(LoopTrainer):
                 # torch warns where an operation has no batching rule and falls back to a slow loop.
                 warnings.filterwarnings("error", message=".*batching rule.*")
                 alone = Member(self, population.copy(), 0)
+                if self.module_rates and (argument := self._reads_rates(alone, rows)):
+                    return f"{argument} is read otherwise than as a rate of dropout"
                 alone.step(rows, 1.0, 0)
                 now = _kept_tensors(module)
                 changed = [alone.replaced, *(n for n in kept | now if kept.get(n) is not now.get(n))]
@@ -172,6 +177,29 @@ class FusedTrainer(LoopTrainer):
             text = str(error).strip().splitlines()
             return f"{type(error).__name__}: {text[0] if text else 'no message'}"
         return None
+
+    def _reads_rates(self, member: Member, rows: Mapping[str, Tensor]) -> str | None:
+        """The argument, a rate of dropout, that something else reads too: seen by what is called with it, and
+        by whether anything changes with the number where the rate does not."""
+        population, names = member.population, sorted(self.task.rate_hparams)
+        found: list[list[Tensor]] = []
+        read: set[str] = set()
+        same = dict.fromkeys(names, torch.tensor(0.375, dtype=self.dtype, device=self.device))
+        for value in (0.25, 0.5):
+            hparams = {**population.hparams[0], **dict.fromkeys(names, value)}
+            model = self.build(hparams, population.trials[0])
+            base.set_hparams(model, {**hparams, **dict.fromkeys(names, 0.375)}, self.dynamic)
+            rates = kept_rates(model)
+            own = {name: tensor.clone() for name, tensor in rows.items()}
+            noise = watching(member.tensors["noise_key"])
+            with given(rates, same), noise, base.cast(self.probe, self.autocast), torch.no_grad():
+                found.append([self.task.loss(model.train(), own, member.tensors)])
+                found[-1] += self.task.metrics(model.eval(), own).values()
+            read |= {rate.argument for rate in rates if rate.used}
+        changed = not all(
+            torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(*found, strict=True)
+        )
+        return min(read, default=names[0] if changed else None)
 
 
 def _kept_tensors(module: nn.Module) -> dict[str, Tensor]:

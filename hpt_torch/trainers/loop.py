@@ -16,6 +16,7 @@ from hpt_torch import optim
 from hpt_torch.data import Data, Part
 from hpt_torch.hparams import signature
 from hpt_torch.machine import denormals_are_zero
+from hpt_torch.models.rates import kept_rates
 from hpt_torch.population import Population, stack
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
@@ -91,6 +92,7 @@ class LoopTrainer:
         if self._module is None or self._module[:2] != (trial, hparams):
             self._module = trial, dict(hparams), self.build(hparams, trial)
             self.module_programs = Programs()
+            self.module_rates = kept_rates(self._module[2]) if self.task.rate_hparams else []
         return self._module[2].train()
 
     def init(self, trials: Sequence[int], hparams: Sequence[HParams]) -> Population:

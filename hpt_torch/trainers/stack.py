@@ -17,6 +17,7 @@ from hpt_torch import lr_schedules, optim
 from hpt_torch.data import Part
 from hpt_torch.hparams import signature
 from hpt_torch.models.layers import Dropout, stateless_layers
+from hpt_torch.models.rates import given
 from hpt_torch.population import Population
 from hpt_torch.task import Task
 from hpt_torch.trainers import base
@@ -79,6 +80,7 @@ class Stack:
         self.optimizer = str(self.static["optimizer"])
         self.names = list(self.params)
         self.module = _Mapped(trainer.task, trainer.module(self.hparams[0], population.trials[self.rows[0]]))
+        self.rates = trainer.module_rates
         self.watched = trainer.task, *self.module.modules()
         self._read_hparams()
 
@@ -243,7 +245,11 @@ class Stack:
             rows: dict[str, Tensor],
         ) -> Tensor:
             tensors = {**{f"model.{n}": t for n, t in params.items()}, **buffers, **noise}
-            with Draws(keys_L[-1], self.seed), base.cast(self.trainer.probe, self.trainer.autocast):
+            with (
+                given(self.rates, values),
+                Draws(keys_L[-1], self.seed),
+                base.cast(self.trainer.probe, self.trainer.autocast),
+            ):
                 arguments = rows, {**self.static, **values, "noise_key": keys_L[-1]}
                 value: Tensor = functional_call(self.module, tensors, arguments)
             return value
@@ -318,19 +324,24 @@ class Stack:
         fixed = {**{f"model.{n}": t for n, t in self.buffers.items()}, **own}
 
         def sums(
-            params: dict[str, Tensor], fixed: dict[str, Tensor], key: Tensor, part: dict[str, Tensor]
+            params: dict[str, Tensor],
+            fixed: dict[str, Tensor],
+            rates: dict[str, Tensor],
+            key: Tensor,
+            part: dict[str, Tensor],
         ) -> Any:
             tensors = {**{f"model.{n}": t for n, t in params.items()}, **fixed}
-            with Draws(key, self.seed), base.cast(rows, self.trainer.autocast):
+            with given(self.rates, rates), Draws(key, self.seed), base.cast(rows, self.trainer.autocast):
                 return functional_call(self.module, tensors, (part, None))
 
         self.module.eval()
         totals: dict[str, list[Tensor]] = {}
-        mapped = vmap(sums, in_dims=(0, 0, None, None), randomness="error")
+        rates = {rate.argument: self.h[rate.argument] for rate in self.rates}
+        mapped = vmap(sums, in_dims=(0, 0, 0, None, None), randomness="error")
         for index, part in rows.batches(None, base.EVALUATION_BATCH):
             run = self._program("evaluate", part)
             key, self.seed = base.evaluation_noise(index, self.trainer.device)
-            for name, value in run(mapped, weights, fixed, key, dict(part)).items():
+            for name, value in run(mapped, weights, fixed, rates, key, dict(part)).items():
                 totals.setdefault(name, []).append(value)
         self.module.train()
         summed = {  # off the device all at once, rather than number by number

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 import hpt_torch as hpt
 from hpt_torch.data import split
+from hpt_torch.hparams import signature
 from hpt_torch.models.rates import Rate
 from hpt_torch.record import Record
 from hpt_torch.tasks import Classification
@@ -65,10 +69,10 @@ def _hook(model: nn.Module, p: float) -> None:
     model.register_forward_hook(lambda module, args, output: F.dropout(output, p))
 
 
-OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
+# What a constructor may do besides `nn.Dropout(p)`: p may still be a rate and nothing else
+KEEPS: dict[str, Callable[[Any, Any], Any]] = {
     "an attribute": lambda model, p: setattr(model, "rate", p),
     "another layer": lambda model, p: model.append(nn.Dropout2d(p)),
-    "half of it": lambda model, p: model.append(nn.Dropout(p / 2)),
     "in a list": lambda model, p: setattr(model, "rates", [0.1, [p]]),
     "in a dataclass": lambda model, p: setattr(model, "config", _Config(p)),
     "in slots": lambda model, p: setattr(model, "config", _Slots(p)),
@@ -77,14 +81,26 @@ OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
     "in a partial": lambda model, p: setattr(model, "drop", functools.partial(F.dropout, p=p)),
     "in a hook": _hook,
     "in a hidden layer": lambda model, p: setattr(model, "hidden", [nn.Dropout(p)]),
+    "in a copy": lambda model, p: model.append(
+        copy.deepcopy(nn.Sequential(nn.Dropout(p), nn.AlphaDropout(p)))
+    ),
+}
+# or it is more
+DECIDES: dict[str, Callable[[Any, Any], Any]] = {
+    "half of it": lambda model, p: model.append(nn.Dropout(p / 2)),
     "a tensor": lambda model, p: model.register_buffer("rate", torch.tensor(p)),
+    "a tensor of its own": lambda model, p: setattr(model, "rate", torch.tensor([p])),
     "weights": lambda model, p: model[0].weight.data.mul_(1 - p),
     "a decision": lambda model, p: model.append(nn.Identity()) if p > 0 else None,
     "truth": lambda model, p: model.append(nn.Identity()) if p else None,
     "a number of layers": lambda model, p: [model.append(nn.Identity()) for _ in range(round(4 * p))],
     "an equality": lambda model, p: p == 0.5,
     "a name": lambda model, p: model.add_module(f"dropped {p}".replace(".", ""), nn.Identity()),
-    "too large to tell": lambda model, p: setattr(model, "table", [[i] for i in range(20_000)]),
+    "a number of NumPy's": lambda model, p: setattr(model, "rate", np.float64(p)),
+    "an array": lambda model, p: setattr(model, "rate", np.array([p])),
+    "a plain number": lambda model, p: setattr(model, "rate", math.sqrt(p)),
+    "a stored number": lambda model, p: setattr(model, "rate", pickle.loads(pickle.dumps(p))),
+    "too large to tell": lambda model, p: setattr(model, "table", [[i] for i in range(100_000)]),
 }
 
 
@@ -101,20 +117,20 @@ def test_rates_are_found_by_what_becomes_of_them() -> None:
     assert Classification(_net, _data()).rate_hparams == {"dropout"}
 
 
-@pytest.mark.parametrize("name", OTHERWISE)
-def test_what_is_used_otherwise_is_no_rate(name: str) -> None:
+@pytest.mark.parametrize("name", [*KEEPS, *DECIDES])
+def test_what_a_number_decides_is_seen(name: str) -> None:
     def build(dropout: float = 0.2) -> nn.Module:
-        return _net(dropout, OTHERWISE[name])
+        return _net(dropout, {**KEEPS, **DECIDES}[name])
 
-    assert Classification(build, _data()).rate_hparams == frozenset()
+    assert Classification(build, _data()).rate_hparams == ({"dropout"} if name in KEEPS else set())
 
 
 def test_optional_undecided_and_declared_arguments_are_left_as_they_are() -> None:
-    def optional(dropout: float | None = 0.1) -> nn.Module:
-        return nn.Linear(4, 3) if dropout is None else _net(dropout)
-
     def required(width: int, dropout: float = 0.1) -> nn.Module:
         return nn.Sequential(nn.Linear(4, width), nn.Dropout(dropout), nn.Linear(width, 3))
+
+    def unused(dropout: float = 0.1) -> nn.Module:
+        return nn.Linear(4, 3)
 
     class Declared(Plain):
         dynamic_hparams = frozenset({"dropout"})
@@ -123,7 +139,7 @@ def test_optional_undecided_and_declared_arguments_are_left_as_they_are() -> Non
         def build_model(self, hparams: HParams) -> nn.Module:
             return Plain(0.3)
 
-    for task in (Classification(factory, _data()) for factory in (optional, required, Declared)):
+    for task in (Classification(factory, _data()) for factory in (required, unused, Declared)):
         assert task.rate_hparams == frozenset()
     assert Own(Plain, _data()).rate_hparams == frozenset()
 
@@ -166,21 +182,94 @@ def _hparams(task: Classification, **own: Any) -> dict[str, Any]:
     return {**defaults, "optimizer": "adam", "lr": 0.01, "batch_size": 8, **own}
 
 
-def test_each_member_has_its_own_rates() -> None:
-    task = Classification(Plain, _data())
+class Functional(Plain):
+    """Every way to drop units that torch has, by calls."""
+
+    def __init__(self, drop_in: float = 0.1, dropout: float = 0.2) -> None:
+        super().__init__(drop_in, dropout)
+        self.p, self.config = dropout, _Config(dropout)
+        self.whole, self.alpha = nn.Dropout1d(drop_in), nn.AlphaDropout(dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.alpha(self.whole(self.first(inputs).view(-1, 4, 2))).flatten(1)
+        hidden = F.dropout(F.feature_alpha_dropout(hidden, self.p, self.training), p=self.config.dropout)
+        query = F.dropout(hidden.view(-1, 2, 4), self.p, self.training, inplace=True)
+        attended = F.scaled_dot_product_attention(query, query, query, dropout_p=self.p)
+        return self.rest(attended.flatten(1))
+
+
+class Transformer(nn.Module):
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=dropout)
+        self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(inputs.unsqueeze(-1))).mean(1))
+
+
+@pytest.mark.parametrize("kind", [Plain, Functional, Transformer])
+def test_each_member_has_its_own_rates(kind: type[nn.Module]) -> None:
+    task = Classification(kind, _data())
     pairs = ((0.0, 0.5), (0.3, 0.0), (0.3, 0.5), (0.1, 0.2))
     each = [_hparams(task, drop_in=a, dropout=b) for a, b in pairs]
-    data, found = task.data().to(CPU, torch.float64), []
+    if kind is Transformer:
+        each = [{n: v for n, v in hparams.items() if n != "drop_in"} for hparams in each]
+    data, found, reports = task.data().to(CPU, torch.float64), [], []
     for engine in (LoopTrainer, FusedTrainer):
         trainer = engine(task, data, device=CPU, dtype=torch.float64, seed=3, epochs=3)
         population = trainer.init([0, 1, 2, 3], each)
         if isinstance(trainer, FusedTrainer):
             assert trainer.why_not(population) is None
-        assert not trainer.train(population, 3, should_pause=lambda: False).failed
+        result = trainer.train(population, 3, should_pause=lambda: False)
+        assert not result.failed
         found.append([trainer.weights(population, i) for i in range(4)])
+        reports.append({(r.trial, r.epoch): r.metrics for r in result.reports})
     for alone, together in zip(*found, strict=True):
         for name, tensor in alone.items():
-            torch.testing.assert_close(together[name], tensor, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(together[name], tensor, rtol=1e-8, atol=1e-8)
+    for key, metrics in reports[0].items():
+        assert reports[1][key] == pytest.approx(metrics, rel=1e-7)
+
+
+READS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a product": lambda x, p: x * p,
+    "half of it": lambda x, p: F.dropout(x, p / 2),
+    "a decision": lambda x, p: F.dropout(x, p) if p > 0 else x,
+    "another function": lambda x, p: F.leaky_relu(x, p),
+    "a tensor": lambda x, p: F.dropout(x, 0.1) * torch.tensor(p),
+    "a number": lambda x, p: x * math.sqrt(p),
+    "a tensor of zeros": lambda x, p: x + torch.full_like(x, p),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_reads_a_rate_otherwise_trains_one_by_one(name: str) -> None:
+    class Reading(nn.Module):
+        def __init__(self, rate: float = 0.1) -> None:
+            super().__init__()
+            self.rate, self.head = rate, nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(READS[name](inputs, self.rate))
+
+    task = Classification(Reading, _data())
+    assert task.rate_hparams == {"rate"}
+    trainer = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
+    each = [_hparams(task, rate=rate) for rate in (0.1, 0.5)]
+    assert trainer.why_not(trainer.init([0, 1], each)) == "rate is read otherwise than as a rate of dropout"
+
+
+def test_values_that_are_no_numbers_train_apart() -> None:
+    def optional(dropout: float | None = 0.1) -> nn.Module:
+        return _net() if dropout is None else _net(dropout)
+
+    task = Classification(optional, _data())
+    each = [_hparams(task, dropout=p) for p in (None, 0.1, 0.2)]
+    alike = [signature(hparams, task.dynamic_hparams) for hparams in each]
+    assert alike[0] != alike[1] == alike[2]
+    assert isinstance(task.build_model(each[0]), nn.Module)
 
 
 def test_a_rate_acts_on_its_own_layers_alone() -> None:
@@ -203,22 +292,14 @@ def test_a_search_over_rates_trains_together(tmp_path: Path) -> None:
     assert float(model.get_submodule("first.3").dropout) == pytest.approx(result.best.hparams["dropout"])
 
 
-def test_what_another_choice_uses_otherwise_trains_one_by_one() -> None:
-    class Either(nn.Module):
-        def __init__(self, kind: str = "layer", dropout: float = 0.1) -> None:
-            super().__init__()
-            self.kind, self.head = kind, nn.Linear(4, 3)
-            self.drop: Any = (
-                nn.Dropout(dropout) if kind == "layer" else functools.partial(F.dropout, p=dropout)
-            )
+def test_what_another_choice_decides_trains_one_by_one() -> None:
+    def either(kind: str = "layer", dropout: float = 0.1) -> nn.Module:
+        return _net(dropout) if kind == "layer" else _net(dropout / 2)
 
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.head(self.drop(inputs))
-
-    task = Classification(Either, _data())
+    task = Classification(either, _data())
     assert task.rate_hparams == {"dropout"}
     trainer = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
-    why = "dropout is used otherwise than as the rate of nn.Dropout"
-    for kind, reason in (("layer", None), ("function", why)):
+    why = "dropout decides what the model is, besides being a rate of dropout"
+    for kind, reason in (("layer", None), ("half", why)):
         each = [_hparams(task, kind=kind, dropout=p) for p in (0.1, 0.5)]
         assert trainer.why_not(trainer.init([0, 1], each)) == reason

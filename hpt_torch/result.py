@@ -137,7 +137,8 @@ class Result:
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state.lower()}" for state, count in self.summary.states.items())
         if self.summary.best is None:
-            return f"Result({str(self.path)!r}: {states or 'no trials'})"
+            reason = next((f"; {t.reason.strip().splitlines()[-1]}" for t in self.trials if t.reason), "")
+            return f"Result({str(self.path)!r}: {states or 'no trials'}{reason})"
         best = self.best
         score = self.objective.score(best)
         searched = ", ".join(f"{name}={show_value(value)}" for name, value in best.hparams.items())

@@ -20,7 +20,7 @@ from hpt_torch.models.layers import Dropout, make_stateless
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
 from hpt_torch.trainers.draws import Draws
-from hpt_torch.types import HParams, Report
+from hpt_torch.types import HParams, Report, TaskError
 
 EVALUATION_BATCH = 1024
 NORMS = 4  # steps of an epoch at which the gradient's norm is measured where nothing is clipped
@@ -158,6 +158,16 @@ def evaluate(
 def finalized(task: Task, sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The task's metrics from its sums, as Python's numbers: a task may return tensors or NumPy's."""
     return {name: float(value) for name, value in task.finalize(sums).items()}
+
+
+def loss_of(task: Task, model: nn.Module, batch: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Tensor:
+    """The task's loss. Raises TaskError where it is not one number."""
+    loss: Any = task.loss(model, batch, hparams)
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    rule = f"{type(task).__name__}.loss must return a tensor of shape ()"
+    raise TaskError(f"{rule}, got {found}; take the mean over the batch")
 
 
 def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

@@ -193,7 +193,7 @@ class FusedTrainer(LoopTrainer):
             own = {name: tensor.clone() for name, tensor in rows.items()}
             noise = watching(member.tensors["noise_key"])
             with given(rates, same), noise, base.cast(self.probe, self.autocast), torch.no_grad():
-                found.append([self.task.loss(model.train(), own, member.tensors)])
+                found.append([base.loss_of(self.task, model.train(), own, member.tensors)])
                 found[-1] += self.task.metrics(model.eval(), own).values()
             read |= {rate.argument for rate in rates if rate.used}
         changed = not all(

@@ -180,7 +180,7 @@ class Member:
         """`_differentiate`, with plain autograd. The arguments are the model's own tensors and `tensors`."""
         with Draws(self.tensors["noise_key"], self._seed):  # also where gradients compute something again
             with torch.enable_grad(), base.cast(self.trainer.probe, self.trainer.autocast):
-                loss = self.trainer.task.loss(self.model, batch, self.tensors)
+                loss = base.loss_of(self.trainer.task, self.model, batch, self.tensors)
             self._take_back_buffers()
             grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
         return loss.detach(), [optim.laid_out_as(p, g) for p, g in zip(self.params, grads, strict=True)]

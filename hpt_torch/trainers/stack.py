@@ -40,7 +40,9 @@ class _Mapped(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], hparams: Mapping[str, Any] | None) -> Any:
         (task,) = self._task
-        return task.metrics(self.model, batch) if hparams is None else task.loss(self.model, batch, hparams)
+        if hparams is None:
+            return task.metrics(self.model, batch)
+        return base.loss_of(task, self.model, batch, hparams)
 
 
 @dataclass

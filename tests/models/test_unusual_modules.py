@@ -5,6 +5,7 @@ than tensors. They train as torch trains them, and are found again."""
 from __future__ import annotations
 
 import copy
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -389,3 +390,16 @@ def test_complex_parameters_are_refused(tmp_path: Path) -> None:
     result = hpt.tune(task, {"lr": hpt.Float(1e-3, 1e-1)}, trials=2, epochs=1, run_dir=tmp_path / "run")
     assert {trial.state for trial in result.trials} == {hpt.TrialState.INFEASIBLE}
     assert result.trials[0].reason.startswith("weight is complex: parameters must be real")
+
+
+def test_a_loss_of_each_row_is_refused_by_name(tmp_path: Path) -> None:
+    class Rowwise(Classification):
+        def loss(self, model: nn.Module, batch: Any, hparams: Any) -> Tensor:
+            return nn.functional.cross_entropy(model(batch["inputs"]), batch["targets"], reduction="none")
+
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    task = Rowwise(lambda: nn.Linear(4, 2), split(x, (x[:, 0] > 0).long(), seed=0))
+    hparams: dict[str, Any] = {"lr": hpt.Float(1e-3, 1e-1), "batch_size": hpt.Choice([8, 16])}
+    result = hpt.tune(task, hparams, trials=3, epochs=1, sampler="random", run_dir=tmp_path / "run")
+    rule = r"Rowwise\.loss must return a tensor of shape \(\), got one of shape \(\d+,\); take the mean"
+    assert re.search(rule, repr(result))

@@ -77,6 +77,12 @@ MOMENTS = {  # (draw, mean, standard deviation)
     "alpha dropout": (lambda: F.alpha_dropout(torch.randn(MANY), 0.2, True), 0.0, 1.0),
     "multinomial": (lambda: torch.multinomial(_WEIGHTS, MANY, True)[0], 1.7, 0.81**0.5),
     "the second of multinomial": (lambda: _WEIGHTS.expand(MANY, 4).multinomial(2)[:, 1], *_SECOND),
+    "bernoulli in bfloat16": (lambda: torch.bernoulli(P.bfloat16() / 300).float(), 0.001, 0.0316),
+    "multinomial in bfloat16": (
+        lambda: torch.multinomial(torch.ones(1000, dtype=torch.bfloat16), MANY, True),
+        499.5,
+        288.7,
+    ),
     "Normal": (lambda: torch.distributions.Normal(P, 2.0).rsample(), 0.3, 2.0),
     "Gumbel": (lambda: torch.distributions.Gumbel(P, 1.0).sample(), 0.3 + 0.577216, math.pi / 6**0.5),
     "gumbel_softmax": (lambda: F.gumbel_softmax(torch.zeros(MANY, 4), hard=True)[:, 1], 0.25, 0.1875**0.5),
@@ -143,6 +149,11 @@ FORMS = {
     "dropout of none": lambda: F.dropout(X, 0.0),
     "dropout at rest": lambda: F.dropout(X, 0.5, training=False),
     "rrelu": lambda: F.rrelu(X, training=True),
+    "dropout by name": lambda: torch.dropout(input=X, p=0.5, train=True),
+    "randn_like of another layout": lambda: torch.randn_like(X.transpose(0, 2)),
+    "attention in half precision": lambda: F.scaled_dot_product_attention(
+        *[X.bfloat16()] * 3, attn_mask=torch.zeros(3, 3), dropout_p=0.5
+    ),
     "normal_ by name": lambda: torch.empty(3).normal_(mean=1.0, std=2.0, generator=None),
     "after a seed": lambda: (torch.manual_seed(3), torch.rand(4))[1],
     "poisson": lambda: torch.poisson(X.abs()),
@@ -160,17 +171,37 @@ def test_every_form_of_a_call_gives_what_torch_gives(name: str) -> None:
     assert (found.shape, found.dtype, found.requires_grad) == (
         native.shape, native.dtype, native.requires_grad
     )  # fmt: skip
+    assert found.stride() == native.stride()
     if name in SAME:
         torch.testing.assert_close(found, native)
 
 
-def test_bad_arguments_are_torchs_errors() -> None:
-    for wrong in (lambda: F.dropout(X, 1.5), lambda: torch.rand(-1), lambda: torch.randint(3, 3, (2,))):
-        with pytest.raises((ValueError, RuntimeError)) as native:
-            wrong()
-        with pytest.raises((ValueError, RuntimeError)) as found:
-            _drawn(wrong)
-        assert str(found.value).splitlines()[0] == str(native.value).splitlines()[0]
+BAD: list[Callable[[], Any]] = [
+    lambda: F.dropout(X, 1.5),
+    lambda: torch.rand(-1),
+    lambda: torch.randint(3, 3, (2,)),
+    lambda: torch.normal(0.0, -1.0, (2,)),
+    lambda: torch.normal(X, -1.0),
+    lambda: X.clone().normal_(0.0, -1.0),
+    lambda: X.clone().uniform_(2.0, 1.0),
+    lambda: X.clone().exponential_(-1.0),
+    lambda: torch.bernoulli(X, 1.5),
+    lambda: X.clone().bernoulli_(-0.5),
+    lambda: torch.multinomial(torch.ones(3), 4),
+    lambda: torch.multinomial(torch.ones(3), 0),
+    lambda: torch.multinomial(torch.ones(1, 3, 3), 1),
+    lambda: torch.feature_dropout(torch.ones(3), 0.5, True),
+    lambda: F.scaled_dot_product_attention(X, X, X, torch.zeros(3, 3), 0.5, is_causal=True),
+]
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_bad_arguments_are_torchs_errors(wrong: Callable[[], Any]) -> None:
+    with pytest.raises((ValueError, RuntimeError)) as native:
+        wrong()
+    with pytest.raises((ValueError, RuntimeError)) as found:
+        _drawn(wrong)
+    assert str(found.value).splitlines()[0] == str(native.value).splitlines()[0]
 
 
 def test_whole_channels_are_dropped_together() -> None:
@@ -327,6 +358,29 @@ class Deep(Small):
         return self.head(hidden)
 
 
+class Own(Small):
+    """Skips by a generator of its own, which nobody seeds: it is not recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random, self.others = np.random.default_rng(0), [random.Random(3)]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        if self.training and self.random.random() < 0.7 and self.others[0].random() < 0.9:
+            hidden = hidden + torch.relu(hidden)
+        return self.head(hidden)
+
+
+_GLOBAL = np.random.default_rng(0)
+
+
+class Global(Small):
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        return self.head(torch.relu(hidden) if self.training and _GLOBAL.random() < 0.7 else hidden)
+
+
 class Recurrent(nn.Module):
     cell: type[nn.Module] = nn.GRU
     options: ClassVar[dict[str, Any]] = {"num_layers": 2, "dropout": 0.3, "batch_first": True}
@@ -371,7 +425,46 @@ class Plain(Recurrent):
     options: ClassVar[dict[str, Any]] = {"nonlinearity": "relu", "batch_first": True}
 
 
-MODULES = [Functional, Layers, Transformer, Undropped, Latent, Distributed, Chosen, Mixed, Timed, Skipping]
+class Sampled(Small):
+    """Takes columns by chance, with its own probabilities, again and again and once each."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        again = torch.multinomial(hidden.detach().softmax(-1), 3, replacement=True)
+        once = hidden.detach().softmax(-1).multinomial(2)
+        return self.head(hidden + hidden.gather(1, again).sum(1, True) + hidden.gather(1, once).sum(1, True))
+
+
+class Wakeful(Small):
+    """Its dropout never rests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def train(self, mode: bool = True) -> Wakeful:
+        super().train(mode)
+        self.drop.train()
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.drop(self.first(inputs)))
+
+
+MODULES = [
+    Sampled,
+    Wakeful,
+    Functional,
+    Layers,
+    Transformer,
+    Undropped,
+    Latent,
+    Distributed,
+    Chosen,
+    Mixed,
+    Timed,
+    Skipping,
+]
 MODULES += [Always, Blended, Deep, Recurrent, LSTM, Both, Stateful, Plain]
 
 
@@ -455,3 +548,15 @@ def test_what_is_drawn_in_evaluation_is_the_same_at_all_times() -> None:
     first = base.evaluate(trainer.task, model, trainer.data.valid)
     torch.manual_seed(1)
     assert base.evaluate(trainer.task, model, trainer.data.valid) == first
+
+
+@pytest.mark.parametrize("kind", [Own, Global, Deep, Blended])
+def test_what_depends_on_generators_out_of_sight_is_not_recorded(kind: type[nn.Module]) -> None:
+    global _GLOBAL
+    for seed in range(3):  # with some the first steps look alike
+        _GLOBAL = np.random.default_rng(seed)
+        trainer, population = _trainer(LoopTrainer, kind)
+        trainer.train(population, 2, should_pause=lambda: False)
+        programs = trainer.module_programs.of("step")
+        assert programs
+        assert not any(program.traced for program in programs)

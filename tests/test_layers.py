@@ -64,7 +64,7 @@ GENERATORS = (
 MAKES_GENERATORS = ("seeding",)
 # a member's own torch draws (a user's module) repeat, because its key seeds them before each step; those that
 # are replaced are counted in torch's generator
-SEEDS = (("trainers.draws", "torch.default_generator.manual_seed"),)
+SEEDS = (("trainers.drawn", "torch.default_generator.manual_seed"),)
 
 # Methods and functions that change files. `open` counts where its mode does
 WRITES = (

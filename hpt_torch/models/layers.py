@@ -106,7 +106,7 @@ def make_stateless(model: nn.Module, *, marked: bool = False) -> nn.Module:
             hparam = (p.argument if isinstance(p, Rate) else "") if marked else "dropout"
             module.__class__ = Dropout  # type: ignore[assignment]
             Dropout.__init__(module, min(number(p), 1 - 2**-24))  # type: ignore[arg-type]
-            module.p, module.inplace = number(p), inplace
+            module.p, module.inplace = p, inplace
             vars(module)["hparam"] = hparam
             module.train(training)
     for layer, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):

@@ -62,7 +62,13 @@ class Rate(float):
         return self  # as layers are copied, it stays what it is
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self.used = True
         return float, (number(self),)
+
+    @property
+    def real(self) -> float:
+        self.used = True
+        return number(self)
 
 
 def number(rate: float) -> float:
@@ -78,6 +84,8 @@ def _tracing(name: str) -> Any:
     return method
 
 
+for _name in ("is_integer", "as_integer_ratio", "hex", "conjugate"):
+    setattr(Rate, _name, _tracing(_name))
 for _name in (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod"),
     *("rmod", "divmod", "rdivmod", "pow", "rpow", "neg", "pos", "abs", "bool", "int", "float", "round"),
@@ -91,30 +99,31 @@ def rates_of(build: Callable[[float], nn.Module]) -> bool:
     other trace in the model. build: returns the model, with the same initial weights at each call."""
     marked = Rate(0.25, "it"), Rate(0.5, "it")
     try:
-        models = [build(rate) for rate in marked]
-        first, second = (list(_traces(model)) for model in models)
-        alike = len(first) == len(second) and all(map(_same, first, second))
+        first, second, plain = (build(value) for value in (*marked, 0.25))
+        alike = are_alike(first, second) and are_alike(first, plain)
+        found = any(isinstance(trace, Rate) for trace in _traces(first))
     except Exception:  # of the user's model: it will say so again when it is trained
         return False
-    found = any(isinstance(trace, Rate) for trace in first)
     return found and alike and not any(rate.used for rate in marked)
 
 
-def layers(model: nn.Module) -> Iterator[nn.Dropout]:
-    """The layers whose rates trainers keep as tensors."""
-    return (module for module in model.modules() if type(module) is nn.Dropout)
+def are_alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models are the same but for their rates. Raises ValueError where they are too large to
+    tell."""
+    a, b = list(_traces(first)), list(_traces(second))
+    return len(a) == len(b) and all(map(_same, a, b))
 
 
 def kept_in(model: nn.Module) -> list[Any] | None:
-    """What numbers, text and tensors the model has besides its parameters, buffers and the rates of `layers`;
-    its forward may read a `Rate` among them. None: too many to tell."""
-    known, seen = {id(layer) for layer in layers(model)}, {id(module) for module in model.modules()}
+    """What numbers, text and tensors the model has besides its parameters and buffers. None: too many to
+    tell."""
+    seen = {id(module) for module in model.modules()}
     modules = len(seen)
     waiting = [
         value
         for module in model.modules()
         for name, value in vars(module).items()
-        if name not in ("_parameters", "_buffers", "_modules") and (name != "p" or id(module) not in known)
+        if name not in ("_parameters", "_buffers", "_modules")
     ]
     found = []
     while waiting:
@@ -130,7 +139,7 @@ def kept_in(model: nn.Module) -> list[Any] | None:
 
 
 def kept_rates(model: nn.Module) -> list[Rate]:
-    """The rates that the model's forward may read; the same object is so once."""
+    """The rates that the model has, and that its forward may read; each object once."""
     return list({id(value): value for value in kept_in(model) or () if isinstance(value, Rate)}.values())
 
 
@@ -171,16 +180,17 @@ def _traces(model: nn.Module) -> Iterator[Any]:
         raise ValueError("too large to tell")
     yield from ((name, type(module)) for name, module in model.named_modules())
     yield from (*model.named_parameters(), *model.named_buffers(), *kept)
-    yield from (layer.p for layer in layers(model))
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return all(map(_same, a, b))
+    if isinstance(a, Rate) and isinstance(b, float):
+        return isinstance(b, Rate) or number(a) == b
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
         return is_lazy(a) or torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b))
-    return isinstance(a, Rate) or bool(a == b)
+    return bool(a == b)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hpt_torch.data import Part, Rows
 from hpt_torch.hparams import CLASSIFICATION, TRAINING
-from hpt_torch.models.layers import Dropout, make_stateless
+from hpt_torch.models.layers import Dropout, make_stateless, set_noise, stateless_layers
 from hpt_torch.seeding import derive_seed, generator, torch_seeded
 from hpt_torch.task import Task
 from hpt_torch.trainers.draws import Draws
@@ -143,8 +143,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals: dict[str, Tensor | list[Tensor]] = {}
+    layers = stateless_layers(model)
     for index, batch in rows.batches(None, EVALUATION_BATCH):
-        with Draws(*evaluation_noise(index, rows.device)), cast(rows, autocast):
+        with Draws(*evaluation_noise(index, rows.device, layers)), cast(rows, autocast):
             sums = task.metrics(model, batch)
         for name, value in sums.items():
             if name.startswith("each_"):
@@ -181,10 +182,11 @@ def cast(rows: Part, dtype: torch.dtype | None) -> contextlib.AbstractContextMan
     return entered
 
 
-def evaluation_noise(index: int, device: torch.device) -> tuple[Tensor, int]:
+def evaluation_noise(index: int, device: torch.device, layers: Sequence[Dropout]) -> tuple[Tensor, int]:
     """The noise key of a batch in evaluation, as a tensor and as 32 bits: the same for all members, at all
-    times."""
+    times. Those of the layers, which a model may keep in training mode, are set."""
     key = batch_key(_EVALUATION, index)
+    set_noise(layers, key)
     return torch.tensor(key, dtype=torch.int32, device=device), key & 0xFFFFFFFF
 
 

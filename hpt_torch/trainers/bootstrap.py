@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpt_torch.data import Part
+from hpt_torch.models.layers import stateless_layers
 from hpt_torch.seeding import generator
 from hpt_torch.task import Task
 from hpt_torch.trainers.base import cast, evaluation_noise
@@ -32,8 +33,9 @@ def intervals(
     was_training = model.training
     model.eval()
     blocks: list[dict[str, Tensor]] = []
+    layers = stateless_layers(model)
     for index, batch in rows.batches(None, -(-len(rows) // BLOCKS)):
-        noise = Draws(*evaluation_noise(index, rows.device))
+        noise = Draws(*evaluation_noise(index, rows.device, layers))
         with torch.no_grad(), noise, cast(rows, autocast):
             sums = task.metrics(model, batch)
             blocks.append({name: torch.as_tensor(value).detach().cpu() for name, value in sums.items()})

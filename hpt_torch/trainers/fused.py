@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from hpt_torch.data import Rows
 from hpt_torch.hparams import signature
 from hpt_torch.machine import denormals_are_zero
-from hpt_torch.models.rates import given, kept_rates
+from hpt_torch.models.rates import are_alike, given, kept_rates
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
 from hpt_torch.trainers.base import SegmentResult, ShouldPause
@@ -180,14 +180,14 @@ class FusedTrainer(LoopTrainer):
 
     def _reads_rates(self, member: Member, rows: Mapping[str, Tensor]) -> str | None:
         """The argument, a rate of dropout, that something else reads too: seen by what is called with it, and
-        by whether anything changes with the number where the rate does not."""
+        by whether anything changes with the number where the rates do not."""
         population, names = member.population, sorted(self.task.rate_hparams)
         found: list[list[Tensor]] = []
-        read: set[str] = set()
+        read, models = set[str](), list[nn.Module]()
         same = dict.fromkeys(names, torch.tensor(0.375, dtype=self.dtype, device=self.device))
         for value in (0.25, 0.5):
             hparams = {**population.hparams[0], **dict.fromkeys(names, value)}
-            model = self.build(hparams, population.trials[0])
+            models.append(model := self.build(hparams, population.trials[0]))
             base.set_hparams(model, {**hparams, **dict.fromkeys(names, 0.375)}, self.dynamic)
             rates = kept_rates(model)
             own = {name: tensor.clone() for name, tensor in rows.items()}
@@ -196,7 +196,7 @@ class FusedTrainer(LoopTrainer):
                 found.append([base.loss_of(self.task, model.train(), own, member.tensors)])
                 found[-1] += self.task.metrics(model.eval(), own).values()
             read |= {rate.argument for rate in rates if rate.used}
-        changed = not all(
+        changed = not are_alike(*models) or not all(
             torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(*found, strict=True)
         )
         return min(read, default=names[0] if changed else None)

@@ -13,7 +13,8 @@ from hpt_torch import lr_schedules, optim
 from hpt_torch.models.layers import set_noise, stateless_layers
 from hpt_torch.population import Population
 from hpt_torch.trainers import base
-from hpt_torch.trainers.draws import Draws, seed_torch
+from hpt_torch.trainers.drawn import seed_torch
+from hpt_torch.trainers.draws import Draws
 from hpt_torch.trainers.programs import shapes
 
 if TYPE_CHECKING:

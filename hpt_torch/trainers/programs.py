@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -17,6 +20,7 @@ from hpt_torch.trainers.traced import trace
 TRACE_FROM = 8  # calls that are left: tracing and its check cost as much as two of them
 _MOST_PROGRAMS = 64
 _MOST_WATCHED = 1000  # of a list or dict
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
 
 class Programs:
@@ -126,15 +130,26 @@ def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain(watched: Iterable[object]) -> list[dict[str, Any]]:
-    """The objects' attributes that are numbers and the like, also in dicts, lists and objects."""
-    objects = [vars(one) for one in watched if hasattr(one, "__dict__")]
-    return [{name: _plain(value) for name, value in own.items()} for own in objects]
+    """The objects' attributes that are numbers and the like, also in dicts, lists and objects; and where the
+    generators stand that are global in the modules of their classes."""
+    watched = list(watched)
+    modules = dict.fromkeys(type(one).__module__ for one in watched)
+    own = [vars(one) for one in watched if hasattr(one, "__dict__")]
+    around = [vars(sys.modules[name]) for name in modules if name in sys.modules]
+    generators = [{n: v for n, v in names.items() if isinstance(v, _GENERATORS)} for names in around]
+    return [{name: _plain(value) for name, value in one.items()} for one in (*own, *generators)]
 
 
 def _plain(value: Any, depth: int = 3) -> Any:
     """A copy of what of the value can be compared; None for the rest."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return str(value.get_state(legacy=False))
+    if isinstance(value, random.Random):
+        return value.getstate()
     if depth == 0 or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
         return None
     if isinstance(value, Mapping):

@@ -342,7 +342,7 @@ class Stack:
         mapped = vmap(sums, in_dims=(0, 0, 0, None, None), randomness="error")
         for index, part in rows.batches(None, base.EVALUATION_BATCH):
             run = self._program("evaluate", part)
-            key, self.seed = base.evaluation_noise(index, self.trainer.device)
+            key, self.seed = base.evaluation_noise(index, self.trainer.device, self.noisy)
             for name, value in run(mapped, weights, fixed, rates, key, dict(part)).items():
                 totals.setdefault(name, []).append(value)
         self.module.train()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 import math
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -99,6 +101,13 @@ DECIDES: dict[str, Callable[[Any, Any], Any]] = {
     "a number of NumPy's": lambda model, p: setattr(model, "rate", np.float64(p)),
     "an array": lambda model, p: setattr(model, "rate", np.array([p])),
     "a plain number": lambda model, p: setattr(model, "rate", math.sqrt(p)),
+    "of another type": lambda model, p: model.append(nn.Identity()) if type(p) is float else None,
+    "a question": lambda model, p: p.is_integer(),
+    "its real part": lambda model, p: p.real,
+    "text": lambda model, p: setattr(model, "saved", json.dumps([p])),
+    "rates of its own": lambda model, p: [
+        model.append(nn.Dropout(r)) for r in torch.linspace(0, p, 3).tolist()
+    ],
     "a stored number": lambda model, p: setattr(model, "rate", pickle.loads(pickle.dumps(p))),
     "too large to tell": lambda model, p: setattr(model, "table", [[i] for i in range(100_000)]),
 }
@@ -198,6 +207,24 @@ class Functional(Plain):
         return self.rest(attended.flatten(1))
 
 
+class Asked(Plain):
+    """Reads a layer's rate in forward, and in the loss."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.rest(F.dropout(self.first[1](inputs), self.first[3].p, self.training))
+
+
+class Copied(nn.Module):
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(dropout))
+        self.config = dataclasses.asdict(_Config(dropout))
+        self.layers = nn.Sequential(*(copy.deepcopy(block) for _ in range(3)), nn.Linear(4, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(F.dropout(inputs, self.config["dropout"], self.training))
+
+
 class Transformer(nn.Module):
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
@@ -209,12 +236,12 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embed(inputs.unsqueeze(-1))).mean(1))
 
 
-@pytest.mark.parametrize("kind", [Plain, Functional, Transformer])
+@pytest.mark.parametrize("kind", [Plain, Functional, Asked, Copied, Transformer])
 def test_each_member_has_its_own_rates(kind: type[nn.Module]) -> None:
     task = Classification(kind, _data())
     pairs = ((0.0, 0.5), (0.3, 0.0), (0.3, 0.5), (0.1, 0.2))
     each = [_hparams(task, drop_in=a, dropout=b) for a, b in pairs]
-    if kind is Transformer:
+    if kind in (Copied, Transformer):
         each = [{n: v for n, v in hparams.items() if n != "drop_in"} for hparams in each]
     data, found, reports = task.data().to(CPU, torch.float64), [], []
     for engine in (LoopTrainer, FusedTrainer):
@@ -241,18 +268,28 @@ READS: dict[str, Callable[[Tensor, Any], Any]] = {
     "a tensor": lambda x, p: F.dropout(x, 0.1) * torch.tensor(p),
     "a number": lambda x, p: x * math.sqrt(p),
     "a tensor of zeros": lambda x, p: x + torch.full_like(x, p),
+    "a decimal": lambda x, p: x * float(Decimal(p)),
 }
 
 
+@pytest.mark.parametrize("place", ["attribute", "layer", "class"])
 @pytest.mark.parametrize("name", READS)
-def test_what_reads_a_rate_otherwise_trains_one_by_one(name: str) -> None:
+def test_what_reads_a_rate_otherwise_trains_one_by_one(name: str, place: str) -> None:
     class Reading(nn.Module):
+        known: ClassVar[dict[str, float]] = {}
+
         def __init__(self, rate: float = 0.1) -> None:
             super().__init__()
-            self.rate, self.head = rate, nn.Linear(4, 3)
+            self.layer, self.head = nn.Dropout(rate), nn.Linear(4, 3)
+            if place == "attribute":
+                self.rate = rate
+            elif place == "class":
+                self.known["rate"] = rate
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return self.head(READS[name](inputs, self.rate))
+            rate = {"attribute": lambda: self.rate, "class": lambda: self.known["rate"]}
+            read = rate[place]() if place in rate else self.layer.p
+            return self.head(READS[name](self.layer(inputs), read))
 
     task = Classification(Reading, _data())
     assert task.rate_hparams == {"rate"}

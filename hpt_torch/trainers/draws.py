@@ -100,10 +100,9 @@ def _body(function: Any) -> Any:
     return own
 
 
-_WRITTEN_IN_PYTHON = frozenset(
-    (
-        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-        F.multi_head_attention_forward, F.gumbel_softmax, torch.autograd.grad,
-    )
+_PYTHONS = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    F.multi_head_attention_forward, F.gumbel_softmax, torch.autograd.grad,
 )  # fmt: skip
+_WRITTEN_IN_PYTHON = frozenset(function for function in _PYTHONS if hasattr(function, "__code__"))
 _RATED = _WRITTEN_IN_PYTHON | DROPOUTS.keys()  # they may be given the rate of each member

@@ -47,8 +47,11 @@ class HParamSpec:
 
     def problem(self, value: Any) -> str | None:
         """Why `value` cannot be this hyperparameter's, or None."""
-        if self.type == "any" or (value is None and self.default is None):
+        if value is None and self.default is None:
             return None
+        if self.type == "any":  # bounds, if there are any, are of numbers
+            good = not is_number(value) or math.isinf(self.high) or self._inside(value)
+            return None if good else f"must be in {self.interval()}, got {value!r}"
         if self.type == "bool":
             return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
         if self.type == "str":

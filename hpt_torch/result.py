@@ -112,9 +112,9 @@ class Result:
             raise RunError(f"{self.path} has no model yet: its best trial is trained again at the end")
         weights, _ = checkpoint.load(self.path / "checkpoints" / file.name, file.sha256)
         hparams = {name: freeze(value) for name, value in self.hparams().items()}  # as in training: tuples
-        model = base.build(self._task, hparams, best.number, self._seed)
+        model = base.build(self._task, hparams, best.number, self._seed, plain=True)
         dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
-        return base.load_weights(model.to(dtype), weights, hparams, self._task.dynamic_hparams)
+        return base.load_weights(model.to(dtype), weights, hparams, self._task.buffer_hparams)
 
     def replay(self, seeds: int = 5, *, progress: bool = True) -> Replay:
         """Trains the best trial again from scratch, on its schedule, with `seeds` other seeds, and says

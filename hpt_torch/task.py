@@ -50,7 +50,7 @@ class Task:
     name: str = "task"
     objective: Objective
     metric_names: Sequence[str] | None = None  # what `finalize` gives; None: not known beforehand
-    rate_hparams: frozenset[str] = frozenset()  # those that `build_model` passes on as a `models.rates.Rate`
+    rate_hparams: frozenset[str] = frozenset()  # arguments of the model that only are rates of dropout
 
     def data(self) -> Data:
         """The data set. Called once; must be the same at every call."""
@@ -86,6 +86,15 @@ class Task:
     @property
     def dynamic_hparams(self) -> frozenset[str]:
         return frozenset(name for name, spec in self.hparam_specs().items() if spec.dynamic)
+
+    @property
+    def buffer_hparams(self) -> frozenset[str]:
+        """The dynamic ones that a model keeps as buffers of the same name."""
+        return self.dynamic_hparams - self.rate_hparams
+
+    def build_marked(self, hparams: HParams) -> nn.Module:
+        """As `build_model`, with a `models.rates.Rate` for each of `rate_hparams`."""
+        return self.build_model(hparams)
 
     def why_not_together(self, hparams: HParams) -> str | None:
         """Why models with these static hyperparameters cannot train as one program; None: not known."""

@@ -17,9 +17,10 @@ from hpt_torch.data import DATASETS, Data, Rows
 from hpt_torch.hparams import HParamSpec, by_name
 from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
 from hpt_torch.models.augment import augment
-from hpt_torch.models.rates import Rate, kept_in, rates_of
+from hpt_torch.models.rates import Rate, is_rate, kept_in
 from hpt_torch.seeding import torch_seeded
 from hpt_torch.task import GIVEN, Batch, Task, model_specs, resolve
+from hpt_torch.trainers.draws import watching
 from hpt_torch.types import HParams, InfeasibleError, Objective, TaskError
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -91,46 +92,58 @@ class Supervised(Task):
 
     def hparam_specs(self) -> dict[str, HParamSpec]:
         specs = by_name((*self._training_specs(), *self._model_specs.values()))
-        return specs | {n: replace(specs[n], dynamic=True) for n in self.rate_hparams}
+        rate = functools.partial(replace, dynamic=True, low=0.0, high=1.0, open_high=True)
+        return specs | {name: rate(specs[name]) for name in self.rate_hparams}
 
     @functools.cached_property
     def rate_hparams(self) -> frozenset[str]:  # type: ignore[override]
         """The arguments that only are rates of dropout, where the model does not say which are dynamic: found
-        by building it with its defaults."""
+        by building it with its defaults, and computing its output of a few rows."""
         if hasattr(self._factory, "dynamic_hparams") or type(self).build_model.__module__ != __name__:
             return frozenset()
         defaults = {name: spec.default for name, spec in self._model_specs.items() if not spec.required}
 
-        def build(name: str, value: Any) -> nn.Module:
+        def build(name: str, value: float) -> nn.Module:
             with torch_seeded(0, "rates"):
                 return self._built({**defaults, name: value})
+
+        def run(model: nn.Module) -> None:
+            few = self._data.train.select(torch.arange(min(4, len(self._data.train))))
+            batch = {n: t.float() if t.is_floating_point() else t for n, t in few.items()}
+            with torch.no_grad(), watching(torch.zeros((), dtype=torch.int32)):
+                self.forward(model.train(), batch)
 
         return frozenset(
             name
             for name, value in defaults.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-            if rates_of(functools.partial(build, name))
+            if type(value) is float and 0 <= value < 1 and is_rate(functools.partial(build, name), run)
         )
 
+    def _marked(self, hparams: HParams) -> dict[str, Rate]:
+        values = {name: hparams[name] for name in self.rate_hparams if name in hparams}
+        return {n: Rate(v, n) for n, v in values.items() if isinstance(v, (int, float)) and 0 <= v < 1}
+
+    def build_marked(self, hparams: HParams) -> nn.Module:
+        try:
+            return self.build_model({**hparams, **self._marked(hparams)})
+        except Exception:  # it may mind the marks: then it is not trained together with others
+            return self.build_model(hparams)
+
     def why_not_together(self, hparams: HParams) -> str | None:
-        if not self.rate_hparams:
+        marked = self._marked(hparams)
+        if not marked:
             return None
-        marked, model = self._marked(hparams)
-        used = [name for name, rate in sorted(marked.items()) if isinstance(rate, Rate) and rate.used]
+        try:
+            model = self.build_model({**hparams, **marked})
+        except Exception as error:
+            return f"it cannot be built with numbers that remember their use: {type(error).__name__}: {error}"
+        used = [name for name, rate in sorted(marked.items()) if rate.used]
         if used:
             return f"{used[0]} decides what the model is, besides being a rate of dropout"
         return None if kept_in(model) is not None else "the model is too large to tell where its rates are"
 
     def build_model(self, hparams: HParams) -> nn.Module:
-        return self._marked(hparams)[1]
-
-    def _marked(self, hparams: HParams) -> tuple[dict[str, Any], nn.Module]:
-        """The model's arguments, those of `rate_hparams` marked, and the model."""
-        arguments: dict[str, Any] = {n: value for n, value in hparams.items() if n in self._model_specs}
-        for name in self.rate_hparams & arguments.keys():
-            if isinstance(arguments[name], (int, float)):
-                arguments[name] = Rate(arguments[name], name)
-        return arguments, self._built(arguments)
+        return self._built({name: hparams[name] for name in self._model_specs if name in hparams})
 
     def _built(self, arguments: dict[str, Any]) -> nn.Module:
         """The model with these arguments and what the data decides of it."""

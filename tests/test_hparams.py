@@ -109,7 +109,8 @@ def test_signature_tells_every_static_value_apart() -> None:
 )
 @settings(deadline=None, derandomize=True)
 def test_signature_is_the_static_items(hparams: dict[str, Any], dynamic: set[str]) -> None:
-    static = {name: value for name, value in hparams.items() if name not in dynamic}
+    numbers = {name for name, value in hparams.items() if isinstance(value, (int, float))}
+    static = {name: value for name, value in hparams.items() if name not in dynamic & numbers}
     text = signature(hparams, dynamic)
     assert text == signature(dict(reversed(hparams.items())), dynamic)
     assert json.loads(text) == json.loads(json.dumps(static))

@@ -105,7 +105,7 @@ def _plain(
 ) -> nn.Module:
     """The same rows in the same order, by the means that torch itself offers."""
     model = base.build(trainer.task, hparams, TRIAL, seed=SEED).double()
-    base.set_hparams(model, hparams, trainer.dynamic)
+    base.set_hparams(model, hparams, trainer.named)
     train = trainer.data.train
     for tensor in train.tensors.values():
         if tensor.dim() == 4:

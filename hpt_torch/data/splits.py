@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from hpt_torch.seeding import derive_seed, generator
 from hpt_torch.types import TaskError
 
 Array = Tensor | np.ndarray
+MOST_CLASSES = 10_000_000  # so many outputs a model would have
 
 
 def split(
@@ -153,6 +155,15 @@ def _taken(pool: Mapping[str, Tensor], index: np.ndarray) -> dict[str, Tensor]:
     return {name: tensor[chosen] for name, tensor in pool.items()}
 
 
+def _native(array: Any) -> Any:
+    """As torch takes it: an array of this machine's byte order, also of a table."""
+    if hasattr(array, "to_numpy"):  # pandas, polars
+        array = array.to_numpy()
+    if not isinstance(array, np.ndarray):
+        return array
+    return np.ascontiguousarray(array).astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def _checked(
     arrays: Mapping[str, Array | None], part: str, like: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -162,7 +173,7 @@ def _checked(
         if array is None:
             continue
         try:
-            tensor = torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array)
+            tensor = torch.as_tensor(_native(array))
         except TypeError as error:
             raise TaskError(f"{part}{name} must hold numbers: {error}") from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -249,5 +260,9 @@ def _out_features(parts: Mapping[str, Mapping[str, Tensor]], classes: Sequence[s
     if classes and top >= len(classes):
         raise TaskError(
             f"targets must be numbers of the {len(classes)} classes named, got {top}; name them all"
+        )
+    if top >= MOST_CLASSES:
+        raise TaskError(
+            f"targets must be class numbers from 0, below {MOST_CLASSES:,}, got {top}; number the classes anew"
         )
     return len(classes) or top + 1

@@ -261,7 +261,7 @@ def _target(
     if numbers is not None and target_type == "number":
         return numbers, ()
     if numbers is not None:  # 1 and 1.0 are one class
-        texts = [f"{number:g}" for number in numbers]
+        texts = [repr(float(n)) if n % 1 or abs(n) >= 2**53 else str(int(n)) for n in numbers]
     classes = _ordered(texts)
     rare = sorted(label for label, count in Counter(texts).items() if count < 3)
     if rare:

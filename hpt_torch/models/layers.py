@@ -42,7 +42,7 @@ class Dropout(nn.Module):
 
     dropout: Tensor
     noise_key: Tensor
-    hparam = "dropout"  # the hyperparameter that is its rate; empty: none
+    hparam: str | None = None  # the model's argument that is its rate; empty: none; None: as it is named
 
     def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def make_stateless(model: nn.Module, *, marked: bool = False) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Dropout:
             p, inplace, training = module.p, module.inplace, module.training
-            hparam = (p.argument if isinstance(p, Rate) else "") if marked else "dropout"
+            hparam = (p.argument if isinstance(p, Rate) else "") if marked else None
             module.__class__ = Dropout  # type: ignore[assignment]
             Dropout.__init__(module, min(number(p), 1 - 2**-24))  # type: ignore[arg-type]
             module.p, module.inplace = p, inplace

@@ -32,11 +32,12 @@ class Rate(float):
 
     argument: str
     used: bool
+    reached: bool  # dropout was called with it
     tensor: torch.Tensor | None  # instead of the number, where many models are computed as one; shape ()
 
     def __new__(cls, value: float, argument: str) -> Rate:
         made = super().__new__(cls, value)
-        made.argument, made.used, made.tensor = argument, False, None
+        made.argument, made.used, made.reached, made.tensor = argument, False, False, None
         return made
 
     def __lt__(self, other: float) -> bool:
@@ -94,17 +95,21 @@ for _name in (
     setattr(Rate, f"__{_name}__", _tracing(f"__{_name}__"))
 
 
-def rates_of(build: Callable[[float], nn.Module]) -> bool:
-    """Whether the argument of `build`, a number in [0, 1), may only be a rate of dropout: it has left no
-    other trace in the model. build: returns the model, with the same initial weights at each call."""
+def is_rate(build: Callable[[float], nn.Module], run: Callable[[nn.Module], Any]) -> bool:
+    """Whether the argument of `build`, a number in [0, 1), is a rate of dropout and nothing else, as far as
+    can be seen: it has left no other trace in the model, and dropout gets it.
+
+    build: returns the model, with the same initial weights at each call. run: a step of it, in which whatever
+    gets a `Rate` notes that.
+    """
     marked = Rate(0.25, "it"), Rate(0.5, "it")
     try:
         first, second, plain = (build(value) for value in (*marked, 0.25))
         alike = are_alike(first, second) and are_alike(first, plain)
-        found = any(isinstance(trace, Rate) for trace in _traces(first))
+        run(first)
     except Exception:  # of the user's model: it will say so again when it is trained
         return False
-    return found and alike and not any(rate.used for rate in marked)
+    return alike and marked[0].reached and not any(rate.used for rate in marked)
 
 
 def are_alike(first: nn.Module, second: nn.Module) -> bool:

@@ -61,18 +61,21 @@ class DataOrder:
         return self._cached[1]
 
 
-def build(task: Task, hparams: HParams, trial: int, seed: int, rows: Part | None = None) -> nn.Module:
+def build(
+    task: Task, hparams: HParams, trial: int, seed: int, rows: Part | None = None, *, plain: bool = False
+) -> nn.Module:
     """The member's model with its initial weights: a function of (seed, trial), made on the CPU.
 
     rows: from the first of them lazy layers (``nn.LazyLinear``) take their shapes; without, these stay lazy.
+    plain: as the task builds it, not to be trained here.
     """
     with torch_seeded(seed, "init", trial):
-        model = task.build_model(hparams)
+        model = task.build_model(hparams) if plain else task.build_marked(hparams)
         if rows is not None and any(map(is_lazy, (*model.parameters(), *model.buffers()))):
             row = {n: t.float() if t.is_floating_point() else t for n, t in one_row(rows).items()}
             with torch.no_grad():
                 task.metrics(model.eval(), row)
-    return make_stateless(model, marked=bool(task.rate_hparams)).train()
+    return model if plain else make_stateless(model, marked=bool(task.rate_hparams)).train()
 
 
 def one_row(rows: Part) -> dict[str, Tensor]:
@@ -83,14 +86,15 @@ def one_row(rows: Part) -> dict[str, Tensor]:
 _OF_TRAINING = frozenset(spec.name for spec in (*TRAINING, *CLASSIFICATION))
 
 
-def hparam_buffers(model: nn.Module, dynamic: frozenset[str]) -> dict[str, str]:
-    """The model's buffers that are hyperparameters of it, by name: which. One that is called `eps` or `alpha`
-    has nothing to do with the optimizer's."""
+def hparam_buffers(model: nn.Module, named: frozenset[str]) -> dict[str, str]:
+    """The model's buffers that are hyperparameters of it, by name: which. named: `Task.buffer_hparams`. One
+    that is called `eps` or `alpha` has nothing to do with the optimizer's."""
     found = {}
     for path, module in model.named_modules():
         for leaf, _ in module.named_buffers(recurse=False):
-            hparam = module.hparam if isinstance(module, Dropout) and leaf == "dropout" else leaf
-            if hparam in dynamic and hparam not in _OF_TRAINING:
+            argument = module.hparam if isinstance(module, Dropout) and leaf == "dropout" else None
+            hparam = leaf if argument is None and leaf in named - _OF_TRAINING else argument
+            if hparam:
                 found[f"{path}.{leaf}" if path else leaf] = hparam
     return found
 
@@ -100,10 +104,10 @@ def is_noise_key(name: str) -> bool:
     return name.rpartition(".")[2] == "noise_key"
 
 
-def set_hparams(model: nn.Module, hparams: HParams, dynamic: frozenset[str]) -> None:
+def set_hparams(model: nn.Module, hparams: HParams, named: frozenset[str]) -> None:
     """Fills the model's hyperparameter buffers with these values."""
     buffers = dict(model.named_buffers())
-    for name, hparam in hparam_buffers(model, dynamic).items():
+    for name, hparam in hparam_buffers(model, named).items():
         if hparam in hparams:
             buffers[name].fill_(float(hparams[hparam]))  # type: ignore[arg-type]
     for module in model.modules():
@@ -112,13 +116,13 @@ def set_hparams(model: nn.Module, hparams: HParams, dynamic: frozenset[str]) -> 
 
 
 def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], hparams: HParams, dynamic: frozenset[str]
+    model: nn.Module, weights: Mapping[str, Tensor], hparams: HParams, named: frozenset[str]
 ) -> nn.Module:
     """The model with these weights and hyperparameters, in evaluation mode."""
     # What a module keeps besides tensors (`get_extra_state`) stays as the new model has it.
     own = {n: v for n, v in model.state_dict().items() if n.rpartition(".")[2] == "_extra_state"}
     model.load_state_dict({**own, **weights})
-    set_hparams(model, hparams, dynamic)
+    set_hparams(model, hparams, named)
     return model.eval()
 
 

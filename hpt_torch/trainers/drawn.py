@@ -201,7 +201,10 @@ def _multinomial(noise: Noise, input: Tensor, num_samples: int, replacement: boo
 
 def _rate(p: float) -> Tensor | float:
     """The rate of the member, where each has its own."""
-    return p.tensor if isinstance(p, Rate) and p.tensor is not None else number(p)
+    if not isinstance(p, Rate):
+        return p
+    p.reached = True
+    return number(p) if p.tensor is None else p.tensor
 
 
 def _mask(noise: Noise, like: Tensor, p: Tensor | float, shape: torch.Size) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,8 @@ class FusedTrainer(LoopTrainer):
         kept = _kept_tensors(module)
         if inner := [name for name, value in kept.items() if isinstance(value, nn.Parameter)]:
             return f"{inner[0]} is a parameter that the module reaches otherwise than by its name"
-        rows = self.data.train.slice(0, min(2, len(self.data.train)))
+        parts = int(str(population.hparams[0]["accumulation_steps"]))
+        rows = self.data.train.slice(0, min(2 * parts, len(self.data.train)))
         copy = population.copy()
         try:
             with warnings.catch_warnings():
@@ -162,7 +163,7 @@ class FusedTrainer(LoopTrainer):
                 # torch warns where an operation has no batching rule and falls back to a slow loop.
                 warnings.filterwarnings("error", message=".*batching rule.*")
                 alone = Member(self, population.copy(), 0)
-                if self.module_rates and (argument := self._reads_rates(alone, rows)):
+                if self.module_rates and (argument := self._reads_rates(alone)):
                     return f"{argument} is read otherwise than as a rate of dropout"
                 alone.step(rows, 1.0, 0)
                 now = _kept_tensors(module)
@@ -178,7 +179,7 @@ class FusedTrainer(LoopTrainer):
             return f"{type(error).__name__}: {text[0] if text else 'no message'}"
         return None
 
-    def _reads_rates(self, member: Member, rows: Mapping[str, Tensor]) -> str | None:
+    def _reads_rates(self, member: Member) -> str | None:
         """The argument, a rate of dropout, that something else reads too: seen by what is called with it, and
         by whether anything changes with the number where the rates do not."""
         population, names = member.population, sorted(self.task.rate_hparams)
@@ -188,13 +189,17 @@ class FusedTrainer(LoopTrainer):
         for value in (0.25, 0.5):
             hparams = {**population.hparams[0], **dict.fromkeys(names, value)}
             models.append(model := self.build(hparams, population.trials[0]))
-            base.set_hparams(model, {**hparams, **dict.fromkeys(names, 0.375)}, self.dynamic)
+            base.set_hparams(model, {**hparams, **dict.fromkeys(names, 0.375)}, self.named)
             rates = kept_rates(model)
-            own = {name: tensor.clone() for name, tensor in rows.items()}
+            rows = self.data.train.slice(0, min(8, len(self.data.train)))
             noise = watching(member.tensors["noise_key"])
-            with given(rates, same), noise, base.cast(self.probe, self.autocast), torch.no_grad():
-                found.append([base.loss_of(self.task, model.train(), own, member.tensors)])
-                found[-1] += self.task.metrics(model.eval(), own).values()
+            with given(rates, same), noise, base.cast(self.probe, self.autocast):
+                loss = base.loss_of(self.task, model.train(), rows, member.tensors)
+                learned = [p for p in model.parameters() if p.requires_grad]
+                grads = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
+                with torch.no_grad():
+                    rows = self.data.train.slice(0, min(8, len(self.data.train)))
+                    found.append([loss, *grads, *self.task.metrics(model.eval(), rows).values()])
             read |= {rate.argument for rate in rates if rate.used}
         changed = not are_alike(*models) or not all(
             torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(*found, strict=True)

@@ -51,7 +51,7 @@ class LoopTrainer:
     ) -> None:
         self.task, self.data, self.device, self.dtype, self.seed = task, data, device, dtype, seed
         self.epochs, self.keep, self.autocast = epochs, keep, autocast
-        self.dynamic = task.dynamic_hparams
+        self.dynamic, self.named = task.dynamic_hparams, task.buffer_hparams
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
         self.programs = Programs() if programs is None else programs
@@ -141,7 +141,7 @@ class LoopTrainer:
 
     def load(self, hparams: HParams, trial: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """A model in evaluation mode with these weights."""
-        return base.load_weights(self.build(hparams, trial), weights, hparams, self.dynamic)
+        return base.load_weights(self.build(hparams, trial), weights, hparams, self.named)
 
     def split(self, model: nn.Module, hparams: HParams) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(what is learned, everything else that training may change or weights must hold), by name.
@@ -156,7 +156,7 @@ class LoopTrainer:
         if not learned:
             raise InfeasibleError("every parameter is frozen, so nothing is left to train; freeze fewer")
         fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-        own = base.hparam_buffers(model, self.dynamic)
+        own = base.hparam_buffers(model, self.named)
         fixed |= {n: b for n, b in model.named_buffers() if n not in own and not base.is_noise_key(n)}
         return learned, fixed
 

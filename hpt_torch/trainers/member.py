@@ -32,7 +32,7 @@ class Member:
         self.trainer, self.population, self.i = trainer, population, i
         hparams, trial = population.hparams[i], population.trials[i]
         self.model = trainer.module(hparams, trial)
-        base.set_hparams(self.model, hparams, trainer.dynamic)
+        base.set_hparams(self.model, hparams, trainer.named)
         self.views = population.member(i)
         self.learned, self.fixed = trainer.split(self.model, hparams)
         for mine, group in ((self.learned, "params"), (self.fixed, "buffers")):
@@ -55,7 +55,7 @@ class Member:
         self.buffers = dict(self.model.named_buffers())
         self.replaced = ""  # a buffer in whose place the model puts another tensor
         self.h_tensors = {n: t for n, t in self.tensors.items() if isinstance(t, Tensor)}
-        own = base.hparam_buffers(self.model, trainer.dynamic)
+        own = base.hparam_buffers(self.model, trainer.named)
         fixed = {n: t for n, t in self.buffers.items() if n in own or base.is_noise_key(n)}
         fixed |= {n: t for n, t in self.h_tensors.items() if n in trainer.dynamic}
         self.constants = list(fixed.values())

@@ -114,7 +114,7 @@ class Stack:
             bool(self.static["decay_norm_and_bias"]),
         )
         self.noisy = stateless_layers(self.module)
-        own = base.hparam_buffers(self.module, trainer.dynamic)
+        own = base.hparam_buffers(self.module, trainer.named)
         self.hparam_buffers = {name: hparam for name, hparam in own.items() if hparam in self.h}
         for name, module in self.module.named_modules():
             if isinstance(module, Dropout) and module in self.noisy:

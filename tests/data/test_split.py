@@ -226,3 +226,26 @@ def test_a_part_without_rows_is_refused(empty: str) -> None:
     parts = {name: Rows({"inputs": torch.zeros(0 if name == empty else 3, 2)}) for name in names}
     with pytest.raises(TaskError, match=f"{empty} has no rows; give it some"):
         Data(**parts, out_features=2)
+
+
+def test_tables_and_other_byte_orders_are_taken() -> None:
+    class Table:
+        def __init__(self, values: np.ndarray) -> None:
+            self.values = values
+
+        def to_numpy(self) -> np.ndarray:
+            return self.values
+
+    x, y = numbered(60)
+    expected = split(x, y, seed=0, standardise=False)
+    for inputs, targets in ((x.astype(">f4"), y.astype(">i8")), (Table(x), Table(y))):
+        found = split(inputs, targets, seed=0, standardise=False)  # type: ignore[arg-type]
+        for mine, other in zip(parts_of(found), parts_of(expected), strict=True):
+            assert torch.equal(mine.tensors["inputs"], other.tensors["inputs"])
+            assert torch.equal(mine.tensors["targets"], other.tensors["targets"])
+
+
+def test_class_numbers_are_numbers_of_classes() -> None:
+    x, y = numbered(60)
+    with pytest.raises(TaskError, match="class numbers from 0, below 10,000,000, got 1099511627776"):
+        split(x, np.where(y == 2, 2**40, y), seed=0)

@@ -101,6 +101,7 @@ def column_of(values: list[Any]) -> str:
         ([i for i in range(60)], ()),
         ([i % 2 + 0.5 for i in range(60)], ()),
         (["b" if i % 2 else "a" for i in range(60)], ("a", "b")),
+        ([10_000_000 + i % 3 for i in range(60)], ("10000000", "10000001", "10000002")),
     ],
 )
 def test_what_a_target_is_taken_for(tmp_path: Path, values: list[Any], classes: tuple[str, ...]) -> None:

@@ -74,7 +74,7 @@ def _hook(model: nn.Module, p: float) -> None:
 # What a constructor may do besides `nn.Dropout(p)`: p may still be a rate and nothing else
 KEEPS: dict[str, Callable[[Any, Any], Any]] = {
     "an attribute": lambda model, p: setattr(model, "rate", p),
-    "another layer": lambda model, p: model.append(nn.Dropout2d(p)),
+    "another layer": lambda model, p: model.append(nn.AlphaDropout(p)),
     "in a list": lambda model, p: setattr(model, "rates", [0.1, [p]]),
     "in a dataclass": lambda model, p: setattr(model, "config", _Config(p)),
     "in slots": lambda model, p: setattr(model, "config", _Slots(p)),
@@ -292,6 +292,9 @@ def test_what_reads_a_rate_otherwise_trains_one_by_one(name: str, place: str) ->
             return self.head(READS[name](self.layer(inputs), read))
 
     task = Classification(Reading, _data())
+    if place != "class" and name not in ("a number", "a decimal"):
+        assert task.rate_hparams == frozenset()  # seen at once
+        return
     assert task.rate_hparams == {"rate"}
     trainer = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
     each = [_hparams(task, rate=rate) for rate in (0.1, 0.5)]
@@ -313,7 +316,7 @@ def test_a_rate_acts_on_its_own_layers_alone() -> None:
     task = Classification(Plain, _data())
     trainer = LoopTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
     model = trainer.build(_hparams(task), 0)
-    base.set_hparams(model, _hparams(task, drop_in=0.25, dropout=0.5), task.dynamic_hparams)
+    base.set_hparams(model, _hparams(task, drop_in=0.25, dropout=0.5), task.buffer_hparams)
     rates = {name: float(m.dropout) for name, m in model.named_modules() if hasattr(m, "noise_key")}
     assert rates == {"first.0": 0.25, "first.3": 0.5, "rest.0": pytest.approx(0.4)}
 
@@ -326,7 +329,10 @@ def test_a_search_over_rates_trains_together(tmp_path: Path) -> None:
         chunks = [chunk for plan in record.of_kind("plan") for chunk in plan.body["chunks"]]
     assert sum(len(chunk["trials"]) for chunk in chunks if chunk["engine"] == "fused") >= 7
     model = result.best_model()
-    assert float(model.get_submodule("first.3").dropout) == pytest.approx(result.best.hparams["dropout"])
+    layer = model.get_submodule("first.3")
+    assert type(layer) is nn.Dropout
+    assert layer.p == result.best.hparams["dropout"]
+    assert type(layer.p) is float
 
 
 def test_what_another_choice_decides_trains_one_by_one() -> None:
@@ -340,3 +346,83 @@ def test_what_another_choice_decides_trains_one_by_one() -> None:
     for kind, reason in (("layer", None), ("half", why)):
         each = [_hparams(task, kind=kind, dropout=p) for p in (0.1, 0.5)]
         assert trainer.why_not(trainer.init([0, 1], each)) == reason
+
+
+def _ways(name: str) -> type[nn.Module]:
+    """Modules with an argument that is a number in [0, 1), but no rate of dropout, or not always."""
+
+    class Way(nn.Module):
+        def __init__(self, rate: float = 0.1, layer: int = 0, kind: str = "no") -> None:
+            super().__init__()
+            self.rate, self.layer, self.kind = rate, layer, kind
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            if kind == "reads":
+                json.dumps({"rate": rate})
+                self.rate = rate * 1.0
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = torch.tanh(self.first(inputs))
+            hidden = [hidden, F.dropout(hidden, 0.2, self.training)][self.layer]
+            if name == "sometimes" and self.training and np.random.rand() < 0.2:
+                hidden = hidden + self.rate
+            if name == "large batches" and len(inputs) > 2:
+                hidden = hidden * (1 + self.rate)
+            if name == "gradients" and hidden.requires_grad:
+                hidden.register_hook(lambda grad: grad * -self.rate)
+            if name == "dropout":
+                hidden = F.dropout(hidden, self.rate, self.training)
+            return self.head(hidden)
+
+    return Way
+
+
+@pytest.mark.parametrize("name", ["sometimes", "large batches", "gradients", "never"])
+def test_what_dropout_does_not_get_is_no_rate(name: str) -> None:
+    assert Classification(_ways(name), _data()).rate_hparams == frozenset()
+
+
+def test_models_that_mind_marked_numbers_are_built_with_plain_ones() -> None:
+    task = Classification(_ways("dropout"), _data())
+    assert task.rate_hparams == {"rate"}  # and not the index, a whole number
+    trainer = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
+    each = [_hparams(task, kind="reads", rate=rate) for rate in (0.1, 0.5)]
+    why = trainer.why_not(trainer.init([0, 1], each))
+    assert why == "rate decides what the model is, besides being a rate of dropout"
+    assert trainer.why_not(trainer.init([0, 1], [_hparams(task, rate=rate) for rate in (0.1, 0.5)])) is None
+    assert type(task.build_model(_hparams(task, rate=0.3)).rate) is float
+
+
+def test_rates_are_below_one(tmp_path: Path) -> None:
+    task = Classification(Plain, _data())
+    with pytest.raises(hpt.HptError, match=r"drop_in.*must be in \[0, 1\), got 1.0"):
+        hpt.tune(task, {"drop_in": hpt.Choice([0.0, 1.0])}, trials=2, epochs=1, run_dir=tmp_path / "run")
+
+
+class Masked(nn.Module):
+    """A rate called as a buffer."""
+
+    def __init__(self, mask: float = 0.15) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(mask), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.drop(inputs * self.mask))
+
+
+def test_a_buffer_called_as_a_rate_stays_what_it_is(tmp_path: Path) -> None:
+    task = Classification(Masked, _data())
+    assert task.rate_hparams == {"mask"}
+    space = {"lr": hpt.Float(1e-3, 1e-1), "mask": hpt.Float(0.0, 0.5)}
+    model = hpt.tune(task, space, trials=3, epochs=1, run_dir=tmp_path / "run").best_model()
+    assert model.get_buffer("mask").tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_batch_norm_with_accumulated_batches_trains_together() -> None:
+    def net(dropout: float = 0.1) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 3))
+
+    task = Classification(net, _data())
+    trainer = FusedTrainer(task, task.data(), device=CPU, dtype=torch.float32, seed=0, epochs=1)
+    each = [_hparams(task, dropout=p, accumulation_steps=2) for p in (0.1, 0.5)]
+    assert trainer.why_not(trainer.init([0, 1], each)) is None

@@ -262,7 +262,6 @@ def _out_features(parts: Mapping[str, Mapping[str, Tensor]], classes: Sequence[s
             f"targets must be numbers of the {len(classes)} classes named, got {top}; name them all"
         )
     if top >= MOST_CLASSES:
-        raise TaskError(
-            f"targets must be class numbers from 0, below {MOST_CLASSES:,}, got {top}; number the classes anew"
-        )
+        rule = f"targets must be class numbers from 0, below {MOST_CLASSES:,}"
+        raise TaskError(f"{rule}, got {top}; number the classes anew")
     return len(classes) or top + 1

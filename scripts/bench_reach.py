@@ -62,7 +62,7 @@ def reach(
     rows: int = 60000,
     peers: str = "optuna,ray",
     scheduler: str = "asha",
-    round_size: int = 48,
+    round_size: int = 24,
     svg: Annotated[Path | None, typer.Option(help="draw the curves there")] = None,
     json_path: Path | None = None,
 ) -> None:

@@ -18,7 +18,7 @@ from hpt_torch.hparams import HParamSpec, by_name
 from hpt_torch.models import CNN, MLP, RNN, Autoencoder, Linear
 from hpt_torch.models.augment import augment
 from hpt_torch.models.rates import Rate, is_rate, kept_in
-from hpt_torch.seeding import torch_seeded
+from hpt_torch.seeding import bookmark, torch_seeded
 from hpt_torch.task import GIVEN, Batch, Task, model_specs, resolve
 from hpt_torch.trainers.draws import watching
 from hpt_torch.types import HParams, InfeasibleError, Objective, TaskError
@@ -113,11 +113,15 @@ class Supervised(Task):
             with torch.no_grad(), watching(torch.zeros((), dtype=torch.int32)):
                 self.forward(model.train(), batch)
 
-        return frozenset(
-            name
-            for name, value in defaults.items()
-            if type(value) is float and 0 <= value < 1 and is_rate(functools.partial(build, name), run)
-        )
+        go_back = bookmark()  # a step seeds the caller's generators
+        try:
+            return frozenset(
+                name
+                for name, value in defaults.items()
+                if type(value) is float and 0 <= value < 1 and is_rate(functools.partial(build, name), run)
+            )
+        finally:
+            go_back()
 
     def _marked(self, hparams: HParams) -> dict[str, Rate]:
         values = {name: hparams[name] for name in self.rate_hparams if name in hparams}

@@ -120,9 +120,13 @@ def _data() -> Any:
 
 def test_rates_are_found_by_what_becomes_of_them() -> None:
     task = Classification(Plain, _data())
+    torch.manual_seed(5)
+    expected = float(torch.rand(1))
+    torch.manual_seed(5)
     assert task.rate_hparams == {"drop_in", "dropout"}
     assert {"drop_in", "dropout", "lr"} <= task.dynamic_hparams
     assert "width" not in task.dynamic_hparams
+    assert float(torch.rand(1)) == expected, "the caller's generators are as they were"
     assert Classification(_net, _data()).rate_hparams == {"dropout"}
 
 

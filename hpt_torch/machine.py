@@ -33,18 +33,24 @@ def keep_freed_memory() -> bool:
 def settings_restored() -> Iterator[None]:
     """Afterwards torch is set in this process as it was: threads, generators, which kernels."""
     go_back, threads = bookmark(), torch.get_num_threads()
-    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, benchmark = _deterministic(), torch.backends.cudnn.benchmark
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # as of torch 2.9
     try:
         yield
     finally:
         go_back()
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        if _deterministic() != deterministic:  # the call imports all of torch.compile: a second
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.benchmark = benchmark
         if precision is not None:
             torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def _deterministic() -> tuple[bool, bool]:
+    """Whether only kernels are used that repeat bit for bit; whether others only give a warning."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warns
 
 
 @contextlib.contextmanager

@@ -80,6 +80,14 @@ def test_a_callers_generators_and_precision_are_as_they_were() -> None:
     assert torch.backends.cuda.matmul.fp32_precision == precision
 
 
+def test_what_needs_no_compiler_does_not_load_one() -> None:
+    code = "import sys; from hpt_torch import cli\n"
+    code += "cli.app(['validate', 'digits_mlp_grid'], standalone_mode=False)\n"
+    code += "print([name for name in ('torch._inductor', 'torch._dynamo', 'triton') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("warn_only", [True, False])
 def test_a_caller_who_wants_warnings_only_still_gets_no_more(warn_only: bool) -> None:
     try:

@@ -54,6 +54,13 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(input, self.weight, self.bias, self.stride, (top, left))
 
 
+class PixelDropout(Dropout):
+    """`Dropout` for (B, C, H, W), whose mask lies in memory as channels_last images do."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class CNN(nn.Module):
     """(B, C, H, W) -> (B, out_features); either memory format does, channels_last is the faster one.
 
@@ -125,7 +132,7 @@ class CNN(nn.Module):
             if pool is not None:
                 height, width = _pooled(block, (height, width), pool_kernel, pool_stride)
                 layers.append(pool(pool_kernel, pool_stride))
-            blocks.append(nn.Sequential(*layers, Dropout(dropout)))
+            blocks.append(nn.Sequential(*layers, PixelDropout(dropout)))
             features = size
         self.blocks = nn.Sequential(*blocks)
 
@@ -147,8 +154,9 @@ class CNN(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW: Tensor = self.blocks(x_BCHW)
-        # AdaptiveAvgPool2d's backward is not deterministic on CUDA, a mean's is.
-        features_BF = y_BCHW.mean((2, 3)) if self.global_pooling else y_BCHW.flatten(1)
+        # AdaptiveAvgPool2d's backward is not deterministic on CUDA, a mean's is. Over these dimensions its
+        # gradient is channels_last, as is what it is the gradient of.
+        features_BF = y_BCHW.permute(0, 2, 3, 1).mean((1, 2)) if self.global_pooling else y_BCHW.flatten(1)
         logits_BC: Tensor = self.head(features_BF)
         return logits_BC
 

@@ -88,7 +88,7 @@ def each_once(calls: Sequence[Call], results: list[Any]) -> tuple[list[Call], li
     first: dict[Hashable, Tensor] = {}  # by operation and operands
     same: dict[int, Tensor] = {}  # by a tensor's id: the first that was computed alike
     rows: dict[Hashable, dict[int, Tensor]] = {}  # by source and dimension: the rows that are selected
-    memory = _Memory(calls)
+    memory = Memory(calls)
     returned = {id(result) for result in results}
 
     def shown(value: Any) -> Any:
@@ -156,7 +156,7 @@ def _written(call: Call) -> list[Tensor]:
     return [tensor for name in changed for tensor in tensors_in(given.get(name))]
 
 
-class _Memory:
+class Memory:
     """Who owns the memory of what, and into whose memory something writes."""
 
     def __init__(self, calls: Iterable[Call]) -> None:
@@ -181,7 +181,7 @@ class _Memory:
 
 def constants_of(calls: Sequence[Call]) -> set[int]:
     """The ids of tensors that are the same in every run, and that nothing writes into."""
-    memory = _Memory(calls)
+    memory = Memory(calls)
     constants: set[int] = set()
     for call in calls:
         sources = [] if call.op in _BLANKS or call.op in _LITERALS else tensors_in(call.arguments)
@@ -197,7 +197,7 @@ def set_apart(
 ) -> tuple[list[Call], list[Call], list[Tensor]]:
     """(calls whose outcome depends on the inputs in `steady` alone, the others, what these need of the
     former)."""
-    memory, returned = _Memory(calls), {id(result) for result in results}
+    memory, returned = Memory(calls), {id(result) for result in results}
     known = {id(tensor) for tensor in steady}
     made = {id(tensor) for tensor in inputs} - known  # what is in neither is a constant
     before, others = list[Call](), list[Call]()

@@ -33,6 +33,7 @@ from hpt_torch.trainers.operations import (
     tensors_in,
     without_idle_views,
 )
+from hpt_torch.trainers.pooling import pool_first
 
 
 def _record(mode: _Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,7 +119,7 @@ def record(
     results, spec = tree_flatten(recorder.known(returned))
     calls, results = without_idle_views(recorder.calls, results)
     calls, results = each_once(calls, results)
-    calls = needed(calls, results, constants_of(calls))
+    calls = pool_first(needed(calls, results, constants_of(calls)), results)
     return Flat(calls, inputs, results, spec), returned
 
 

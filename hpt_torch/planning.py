@@ -112,7 +112,7 @@ class Planning:
             why_not=lambda trials, engine: self._why_not(
                 engine, trials, [hparams[trial] for trial in trials]
             ),
-            pays=lambda trials: self._pays(len(trials), trials[0], hparams[trials[0]], rounds),
+            pays=lambda trials, groups: self._pays(trials, hparams[trials[0]], groups, rounds),
             holds=lambda trials: self._holds(
                 signatures[trials[0]], trials[:2], [hparams[trial] for trial in trials[:2]], known
             ),
@@ -147,19 +147,22 @@ class Planning:
             self.crash.note("")
         return self._reasons[key]
 
-    def _pays(self, members: int, trial: int, hparams: HParams, rounds: int) -> str | None:
-        """Why it pays to compile the step of so many members like this one, or None."""
+    def _pays(self, trials: Sequence[int], hparams: HParams, groups: int, rounds: int) -> str | None:
+        """Why it pays to compile the step of these trials, of which the first has these hyperparameters, or
+        None. Of so many groups like theirs a worker is taken to train half: that is measured for two."""
         if not self.lasting:
             return None  # their number would change, and each number is another program
+        members = len(trials)
         if (signature(hparams, self.trainer.dynamic), members) in self._compiled():
             return f"{members} trials of one signature, whose step is compiled already"
-        steps = self.trainer.epochs * self.steps(hparams) * rounds
-        traits = self.trainer.traits(hparams, trial)
+        steps = self.trainer.epochs * self.steps(hparams)
+        traits = self.trainer.traits(hparams, trials[0])
         after = costs.saved_after(self.costs.get("pays_after", {}), traits, members)
-        if steps < after:
+        if steps * rounds * max(groups / 2, 1) < after:
             return None
-        often = f", in {rounds} rounds" if rounds > 1 else ""
-        return f"{members} trials of {steps // rounds:,} steps{often}: compiling pays after {after:,.0f}"
+        often = f", in {groups} groups" if groups > 2 else ""
+        often += f", in {rounds} rounds" if rounds > 1 else ""
+        return f"{members} trials of {steps:,} steps{often}: compiling pays after {after:,.0f}"
 
     def _compiled(self) -> set[tuple[str, int]]:
         """(signature, members) of the chunks so far that were to be compiled."""

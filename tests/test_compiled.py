@@ -332,6 +332,8 @@ def test_a_run_compiles_where_the_table_says_that_it_pays(
     already = ("compiled", "2 trials of one signature, whose step is compiled already")
     both = {("compiled", "2 trials of 36 steps, in 2 rounds: compiling pays after 70"), already}
     assert engines("rounds", *more, epochs=9) == both
+    folds = {("compiled", "2 trials of 36 steps, in 4 groups: compiling pays after 70")}
+    assert engines("folds", "evaluation.folds=2", epochs=9) == folds
     sizes = ("space.batch_size={choice = [256, 255]}", "hparams={}")
     assert "compiled" not in {engine for engine, _ in engines("static", *more, *sizes, epochs=9)}
     assert engines("patient", epochs=20, patience=30) == fused

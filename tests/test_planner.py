@@ -60,6 +60,23 @@ def test_every_trial_is_in_one_chunk_of_its_own_signature(
     assert chunks == _plan(signatures, engine, device)
 
 
+@pytest.mark.parametrize(("folds", "groups"), [(0, 4), (2, 4)])
+def test_what_compiling_has_to_pay_for_is_told_of_all_groups_of_a_signature(folds: int, groups: int) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def pays(trials: Sequence[int], groups: int) -> str | None:
+        asked.append((len(trials), groups))
+        return "it pays" if len(trials) > 2 else None
+
+    chunks = plan(
+        list(enumerate("a" * 32 + "bb")), engine="auto", device="cpu", slow=frozenset(),
+        traits=lambda trial: frozenset(), why_not=lambda trials, engine: None, pays=pays, folds=folds,
+    )  # fmt: skip
+    parts = max(folds, 1)  # the same program trains them all
+    assert asked == [(8 * parts, groups)] * (4 // parts) + [(2, parts)]
+    assert {(len(c.trials), c.engine) for c in chunks} == {(8 * parts, "compiled"), (2, "fused")}
+
+
 def test_what_decides() -> None:
     many = "a" * 3
     assert [c.engine for c in _plan("aa")] == ["fused"]

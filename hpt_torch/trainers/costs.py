@@ -26,8 +26,8 @@ Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # by device type, tra
 class Costs:
     """A cost table. ratios[device type][trait][members]: how many times the speed of one by one it has to
     train so many members together; what is not in it counts as fast together. pays_after[device
-    type][trait][members]: the steps after which compiling the step has paid; what is not in it, and fewer
-    members, are compiled only where the recipe asks for it."""
+    type][trait][members]: the steps of one worker of two after which compiling the step has paid; what is not
+    in it, and fewer members, are compiled only where the recipe asks for it."""
 
     ratios: Figures
     pays_after: Figures = field(default_factory=dict)
@@ -123,5 +123,5 @@ SHIPPED = Costs(
             "rnn": {2: 1.3, 8: 1.5, 32: 1.3},
         }
     },
-    pays_after={"cpu": {"dense": {2: 19_000.0, 8: 9000.0, 32: 4000.0}}},
+    pays_after={"cpu": {"dense": {2: 24_000.0, 8: 20_000.0, 16: 10_000.0, 32: 6000.0}}},
 )

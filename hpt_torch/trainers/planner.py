@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 TOGETHER = ("fused", "compiled")  # the engines that train several trials at once
 # Members of one population: beyond it a further member costs as much as the one before.
@@ -36,7 +37,7 @@ def plan(
     slow: frozenset[str],
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int], str], str | None],
-    pays: Callable[[Sequence[int]], str | None] = lambda trials: None,
+    pays: Callable[[Sequence[int], int], str | None] = lambda trials, groups: None,
     holds: Callable[[Sequence[int]], int | None] = lambda trials: None,
     steps: Callable[[int], int] = lambda trial: 1,
     folds: int = 0,
@@ -46,14 +47,15 @@ def plan(
 
     signatures: (trial, signature) in order. engine: of the recipe. device: its type. slow: the traits of
     models that train faster one by one (`costs.Costs.slow_together`). traits: of a trial's model. why_not:
-    why trials cannot be trained together by this engine. pays: why it pays to compile the step of so many
-    trials, or None. holds: how many trials like these the memory holds at once, as measured; None: any
-    number. These four are asked only where they matter. steps: how many a trial takes in an epoch. fits: how
-    many trials the memory holds, as groups that ran out of it have shown.
+    why trials cannot be trained together by this engine. pays: why it pays to compile the step of these
+    trials, where the round has so many groups like theirs, or None. holds: how many trials like these the
+    memory holds at once, as measured; None: any number. These four are asked only where they matter. steps:
+    how many a trial takes in an epoch. fits: how many trials the memory holds, as groups that ran out of it
+    have shown.
     """
 
-    def choose(trials: Sequence[int]) -> tuple[str, str]:
-        return _choose(trials, engine, device, slow, traits, why_not, pays)
+    def choose(groups: int, trials: Sequence[int]) -> tuple[str, str]:
+        return _choose(trials, groups, engine, device, slow, traits, why_not, pays)
 
     groups: dict[str, list[int]] = {}
     parts = range(folds) if folds else [None]
@@ -63,8 +65,9 @@ def plan(
     work = len(parts) * sum(steps(trial) for trial, _ in signatures)
     for trials in groups.values():
         share = len(trials) * steps(trials[0]) / work
-        for part in _split(trials, _largest(len(trials), share, engine, device, fits)):
-            for piece, chosen, why in _pieces(part, holds, choose):
+        split = _split(trials, _largest(len(trials), share, engine, device, fits))
+        for part in split:
+            for piece, chosen, why in _pieces(part, holds, partial(choose, len(split) * len(parts))):
                 for fold in parts:
                     key = f"chunk-{piece[0]}" + ("" if fold is None else f"-fold-{fold}")
                     chunks.append(Chunk(key, tuple(piece), chosen, why, fold))
@@ -92,12 +95,13 @@ def _pieces(
 
 def _choose(
     trials: Sequence[int],
+    groups: int,
     engine: str,
     device: str,
     slow: frozenset[str],
     traits: Callable[[int], frozenset[str]],
     why_not: Callable[[Sequence[int], str], str | None],
-    pays: Callable[[Sequence[int]], str | None],
+    pays: Callable[[Sequence[int], int], str | None],
 ) -> tuple[str, str]:
     if engine == "loop":
         return "loop", "asked for"
@@ -113,7 +117,7 @@ def _choose(
         return "loop", f"cannot be mapped over members: {reason}"
     if engine == "fused":
         return "fused", "asked for"
-    why = "asked for" if engine == "compiled" else pays(trials)
+    why = "asked for" if engine == "compiled" else pays(trials, groups)
     hindrance = why and why_not(trials[:2], "compiled")
     if why and not hindrance:
         return "compiled", why

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import inspect
 import os
 import signal
 import socket
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hpt_torch import __version__, calibration, engines
+from hpt_torch import __version__, calibration, engines, reach
 from hpt_torch import recipe as recipes
 from hpt_torch.crash import CrashLog
 from hpt_torch.data import Rows
@@ -233,7 +231,7 @@ def identity(checked: Checked) -> dict[str, Any]:
         "objective": dataclasses.asdict(checked.objective),
         **({} if second is None else {"second": dataclasses.asdict(second)}),
         "data": checked.task.data().fingerprint(),
-        "code": _code(checked.task),
+        **reach.code_of(checked.task, checked.task.sources()),
     }
 
 
@@ -267,22 +265,6 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
     return {"trials": recipe.search.trials, "timeout": recipe.search.timeout}
 
 
-def _code(task: Task) -> dict[str, str]:
-    """SHA-256 of the source of the user's classes and functions; hpt_torch's own are its version."""
-    hashes = {}
-    for source in task.sources():
-        if getattr(source, "__module__", "").split(".")[0] == "hpt_torch":
-            continue
-        try:
-            text = inspect.getsource(source)
-        except (OSError, TypeError):
-            text = "source not available"
-        hashes[getattr(source, "__qualname__", repr(type(source)))] = hashlib.sha256(
-            text.encode()
-        ).hexdigest()
-    return hashes
-
-
 def _check_continues(
     directory: RunDir, wanted: Mapping[str, Any], checked: Checked, accept_code: bool, reopen: bool
 ) -> bool:
@@ -303,10 +285,7 @@ def _check_continues(
                 f"{directory.path} belongs to another recipe:\n  {shown}\n"
                 "Use that recipe to continue it, or another --run-dir for this one"
             )
-        if old["code"] != wanted["code"] and not accept_code:
-            changed = sorted(
-                k for k in {**old["code"], **wanted["code"]} if old["code"].get(k) != wanted["code"].get(k)
-            )
+        if not accept_code and (changed := reach.changes(old, wanted)):
             raise RunMismatchError(
                 f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials "
                 "before and after would not be comparable: use another run directory, or go on all the same "

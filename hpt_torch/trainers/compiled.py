@@ -20,8 +20,9 @@ from hpt_torch.data import Rows
 from hpt_torch.population import Population
 from hpt_torch.trainers import base, inductor, traced
 from hpt_torch.trainers.fused import FusedTrainer
-from hpt_torch.trainers.programs import plain, shapes
+from hpt_torch.trainers.programs import shapes
 from hpt_torch.trainers.stack import Stack, column
+from hpt_torch.trainers.watching import state_of
 
 _MOST_PROGRAMS = 64
 
@@ -185,10 +186,12 @@ class CompiledTrainer(FusedTrainer):
         rows = self.data.train.slice(0, min(2, len(self.data.train)))
         stack = CompiledStack(self, population.copy(), list(range(len(population))))
         stack.begin_epoch(0, 1)
-        watched = self.task, *stack.module.modules()
-        before = plain(watched)
+        before = state_of(stack.watched)
         if stack.recorded(stack.whole, stack.arguments(rows, 0)) is None:
             return "its step reads the values of tensors, which a compiled one cannot"
-        if plain(watched) != before:
-            return "its step changes numbers that the model or the task keeps, which a compiled one would not"
+        stack.evaluate(Rows(rows))
+        if state_of(stack.watched) != before:
+            return (
+                "it changes what the model, the task or their code keep, which a compiled step would not see"
+            )
         return None

@@ -61,6 +61,7 @@ class Member:
         self.constants = list(fixed.values())
         self.steady = [*self.constants, *(t for n, t in self.h_tensors.items() if n != "noise_key")]
         self.watched = [trainer.task, *self.model.modules()]
+        self.state = trainer.module_programs.state(self.watched)
 
     def _read_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Hyperparameters as the step reads them: floats for kernels, tensors for the task's loss."""
@@ -168,7 +169,7 @@ class Member:
     def _differentiate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of these rows."""
         run = self.trainer.module_programs.get(
-            ("step", shapes(batch)),
+            ("step", self.state, shapes(batch)),
             self.steps_left,
             constants=self.constants,
             watched=self.watched,

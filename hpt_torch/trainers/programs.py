@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import random
-import sys
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hpt_torch.seeding import bookmark
 from hpt_torch.trainers.traced import trace
+from hpt_torch.trainers.watching import state_of
 
 TRACE_FROM = 8  # calls that are left: tracing and its check cost as much as two of them
 _MOST_PROGRAMS = 64
-_MOST_WATCHED = 1000  # of a list or dict
-_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
+_MOST_TRIES = 2  # a first call may set up what later ones find
 
 
 class Programs:
@@ -28,10 +23,25 @@ class Programs:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Hashable, ...], Program] = {}
+        self._states: list[tuple[int, list[Any]]] = []
+        self._restless = False  # the code changes what it keeps in every call
 
     def of(self, what: str) -> list[Program]:
         """The programs that are kept, of keys that begin with `what`."""
         return [program for key, program in self._kept.items() if key[0] == what]
+
+    def state(self, watched: Iterable[object]) -> int:
+        """A number for what these objects and their code keep now (`watching.state_of`): the same as long as
+        that is the same. It belongs into the key of a program, which would not see it change."""
+        if self._restless:
+            return -1  # nothing is traced
+        now = state_of(watched)
+        for number, known in self._states:
+            if known == now:
+                return number
+        number = self._states[-1][0] + 1 if self._states else 0
+        self._states = [*self._states[1 - _MOST_PROGRAMS :], (number, now)]
+        return number
 
     def get(
         self,
@@ -45,7 +55,8 @@ class Programs:
         """What runs a function (the first argument) under this key: traced where that pays, to the same
         bits. constants, watched, steady: as `Program` has them."""
         if key not in self._kept:
-            if calls_left < TRACE_FROM:
+            self._restless = self._restless or any(one.restless for one in self._kept.values())
+            if calls_left < TRACE_FROM or self._restless:
                 return _untraced
             if len(self._kept) == _MOST_PROGRAMS:
                 self._kept.pop(next(iter(self._kept)))
@@ -69,8 +80,8 @@ class Program:
     Code that changes what it does between calls shows there, and is never traced again.
 
     constants: tensors of which the function may read the values. watched: objects, such as a user's module,
-    in which the function must not change a number, as one that counts its calls does. steady: of the first
-    call's tensors, those that are mostly the same from call to call, as hyperparameters are.
+    of which the function must not change what they keep, as one that counts its calls does. steady: of the
+    first call's tensors, those that are mostly the same from call to call, as hyperparameters are.
     """
 
     def __init__(
@@ -80,7 +91,7 @@ class Program:
         steady: Iterable[Tensor] = (),
     ) -> None:
         self._run: Callable[..., Any] | None = None
-        self._calls = 0
+        self._tries, self._checked, self.restless = 0, False, False
         self._constants, self._watched, self._steady = list(constants), list(watched), list(steady)
 
     @property
@@ -90,11 +101,11 @@ class Program:
     def __call__(
         self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
     ) -> Any:
-        self._calls += 1
-        if self._calls == 1:
+        if self._run is None and self._tries < _MOST_TRIES:
             return self._trace(function, params, buffers, *rest)
-        if self._calls > 2 or self._run is None:
+        if self._checked or self._run is None:
             return (self._run or function)(params, buffers, *rest)
+        self._checked = True
         scratch = _copies(buffers)
         # It may write into all that it is given.
         own = [_copies(one) if isinstance(one, dict) else one.clone() for one in (params, *rest)]
@@ -103,13 +114,14 @@ class Program:
         repeat_draws()
         expected = function(params, buffers, *rest)
         if not _same((found, scratch), (expected, buffers)):
-            self._run = None
+            self._run, self._tries = None, _MOST_TRIES
         return expected
 
     def _trace(
         self, function: Callable[..., Any], params: Any, buffers: dict[str, Tensor], *rest: Any
     ) -> Any:
-        saved, before = _copies(buffers), plain(self._watched)
+        self._tries += 1
+        saved, before = _copies(buffers), state_of(self._watched)
         repeat_draws = bookmark(_devices(params))
         try:
             run, outputs = trace(
@@ -119,45 +131,19 @@ class Program:
             repeat_draws()
             for name, tensor in saved.items():
                 buffers[name].copy_(tensor)
+            self._tries = _MOST_TRIES
             return function(params, buffers, *rest)
-        self._steady = []
-        self._run = run if plain(self._watched) == before else None
+        if run is None:
+            self._tries = _MOST_TRIES
+        elif state_of(self._watched) == before:
+            self._run, self._steady = run, []
+        else:
+            self.restless = self._tries == _MOST_TRIES
         return outputs
 
 
 def _copies(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in buffers.items()}
-
-
-def plain(watched: Iterable[object]) -> list[dict[str, Any]]:
-    """The objects' attributes that are numbers and the like, also in dicts, lists and objects; and where the
-    generators stand that are global in the modules of their classes."""
-    watched = list(watched)
-    modules = dict.fromkeys(type(one).__module__ for one in watched)
-    own = [vars(one) for one in watched if hasattr(one, "__dict__")]
-    around = [vars(sys.modules[name]) for name in modules if name in sys.modules]
-    generators = [{n: v for n, v in names.items() if isinstance(v, _GENERATORS)} for names in around]
-    return [{name: _plain(value) for name, value in one.items()} for one in (*own, *generators)]
-
-
-def _plain(value: Any, depth: int = 3) -> Any:
-    """A copy of what of the value can be compared; None for the rest."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, np.random.Generator):
-        return str(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return str(value.get_state(legacy=False))
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if depth == 0 or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
-        return None
-    if isinstance(value, Mapping):
-        return [(name, _plain(one, depth - 1)) for name, one in islice(value.items(), _MOST_WATCHED)]
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return [_plain(one, depth - 1) for one in islice(value, _MOST_WATCHED)]
-    own = vars(value) if hasattr(value, "__dict__") else {}
-    return {name: _plain(one, depth - 1) for name, one in own.items()}
 
 
 def _devices(tensors: Any) -> list[torch.device]:

@@ -132,6 +132,7 @@ class Stack:
     def begin_epoch(self, epoch: int, batches: int) -> None:
         """What is known of every step beforehand: learning rates (P, S) and noise keys (S, A, L + 1)."""
         self.batches = batches
+        self.state = self.trainer.programs.state(self.watched)
         columns = {name: t.unsqueeze(1) for name, t in self.values_P.items()}
         factors_PS = lr_schedules.factors(
             str(self.static["schedule"]), epoch, batches, self.trainer.epochs, columns
@@ -227,7 +228,7 @@ class Stack:
         return grads, losses_P
 
     def _program(self, what: str, batch: Mapping[str, Tensor]) -> Callable[..., Any]:
-        key = what, self.program_key, shapes(batch)
+        key = what, self.program_key, self.state, shapes(batch)
         return self.trainer.programs.get(key, self.steps_left, watched=self.watched, steady=self.h.values())
 
     def mapped(

@@ -82,7 +82,11 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
     if problems:
         raise RecipeError(source, problems)
     fixed = _fixed(recipe, specs)
-    filled = {n: value for n, value in fixed.items() if value is not None and is_read(n, recipe, specs)}
+    filled = {
+        n: value
+        for n, value in fixed.items()
+        if n not in recipe.space and value is not None and is_read(n, recipe, specs)
+    }
     return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
 
 
@@ -97,7 +101,9 @@ def _warm_started(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
 
 
 def _fixed(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> dict[str, Any]:
-    defaults = {name: spec.default for name, spec in specs.items() if name not in recipe.space}
+    """What a trial has where it has no value of its own: also of what is searched under a condition."""
+    always = {name for name, dimension in recipe.space.items() if not dimension.when}
+    defaults = {name: spec.default for name, spec in specs.items() if name not in always}
     return {name: freeze(value) for name, value in {**defaults, **recipe.hparams}.items()}
 
 

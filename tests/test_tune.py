@@ -274,3 +274,32 @@ def test_the_callers_torch_is_as_it_was(tmp_path: Path, data: hpt.Data, engine: 
         assert settings() == before
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_is_searched_under_a_condition_has_its_default_elsewhere(data: hpt.Data, tmp_path: Path) -> None:
+    """Trials whose schedule is constant are those of a search in which nothing of it was said."""
+    cosine: dict[str, Any] = {"when": {"schedule": ("cosine",)}}
+    space = {
+        "schedule": hpt.Choice(["constant", "cosine"]),
+        "warmup_epochs": hpt.Int(1, 2, **cosine),
+        "batch_size": hpt.Choice([16, 32], **cosine),
+        "weight_decay": hpt.Float(0.1, 0.5, **cosine),
+        "momentum": hpt.Float(0.5, 0.9, **cosine),
+        "ema": hpt.Choice([True], **cosine),
+        "dropout": hpt.Float(0.2, 0.5, **cosine),
+        "freeze": hpt.Choice([["layers.0.*"]], **cosine),
+    }
+    task, options = hpt.Classification(Net, data), {"sampler": "random", "epochs": 3, "progress": False}
+    options |= {"hparams": {"optimizer": "sgd"}, "executor": "inline", "tensorboard": False}
+    result = hpt.tune(task, space, trials=8, run_dir=tmp_path / "run", **options)  # type: ignore[arg-type]
+    assert [trial.state for trial in result.trials] == ["COMPLETE"] * 8
+    constant = [trial for trial in result.trials if trial.hparams["schedule"] == "constant"]
+    assert 0 < len(constant) < 8
+    assert all(set(trial.hparams) == {"schedule"} for trial in constant)
+    plain = hpt.tune(task, {}, trials=1, run_dir=tmp_path / "plain", **options)  # type: ignore[arg-type]
+    assert plain.trials[0].metrics.keys() == constant[0].metrics.keys()
+    assert result.best_model()
+    settings = result.hparams(constant[0])
+    assert "warmup_epochs" not in settings
+    with hpt.record.Record(tmp_path / "run" / "run.db", readonly=True) as record:
+        assert "batch_size" not in record.of_kind("run")[0].body["recipe"]["hparams"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from hpt_torch.types import HParams, HParamValue, HptError, Problem
 
 
 def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> list[Problem]:
-    """What is wrong with them: each names searched hyperparameters, and values that the space has."""
+    """What is wrong with them: each names searched hyperparameters, and values that the space has, under the
+    conditions that it has for them."""
     problems = []
     for number, point in enumerate(points):
         where = f"search.points.{number}"
@@ -27,13 +29,38 @@ def check_points(points: Sequence[Mapping[str, Any]], space: Space) -> list[Prob
             elif not _fits(space, name, value):
                 dimension = spaces.dump_dimension(space[name])
                 problems.append(Problem(f"{where}.{name}", f"must lie in {dimension}, got {value!r}"))
+        if all(name in space and _fits(space, name, value) for name, value in point.items()):
+            problems += _unread(where, _completed(point, space), space)
     return problems
 
 
+def _unread(where: str, point: HParams, space: Space) -> list[Problem]:
+    """The values that no trial with these others would have."""
+    problems = []
+    for name in point:
+        for parent, allowed in (space[name].when or {}).items():
+            if not spaces.is_active(replace(space[name], when={parent: allowed}), point):
+                options = " or ".join(str(thaw(value)) for value in allowed)
+                rule = f"is read only where {parent} is {options}, and the point has {thaw(point[parent])}"
+                problems.append(Problem(f"{where}.{name}", f"{rule}; leave one of them out"))
+    return problems
+
+
+def _completed(point: Mapping[str, Any], space: Space) -> HParams:
+    """The point's values as the space has them, and of what they are read under the first that allows it."""
+    full = {name: _typed(space, name, value) for name, value in point.items()}
+    for name in reversed(spaces.ordered(space)):
+        if name in full:
+            for parent, allowed in (space[name].when or {}).items():
+                full.setdefault(parent, allowed[0])
+    return full
+
+
 def queue(space: Space, points: Sequence[Mapping[str, Any]], *, start_with_defaults: bool) -> list[HParams]:
-    """What the first trials have fixed, in their order; what a point leaves open is up to the sampler."""
-    first = [spaces.defaults(space)] if start_with_defaults else []
-    return [*first, *({n: _typed(space, n, value) for n, value in point.items()} for point in points)]
+    """What the first trials have fixed, in their order: the declared defaults, if there are any, and the
+    points. What a point leaves open is up to the sampler."""
+    declared = spaces.defaults(space) if start_with_defaults else {}
+    return [*([declared] if declared else []), *(_completed(point, space) for point in points)]
 
 
 def _typed(space: Space, name: str, value: Any) -> HParamValue:

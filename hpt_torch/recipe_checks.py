@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hpt_torch import grids
 from hpt_torch import space as spaces
 from hpt_torch.hparams import HParamSpec
-from hpt_torch.points import check_points
+from hpt_torch.points import check_points, queue
 from hpt_torch.schedulers import PORTABLE
 from hpt_torch.schedulers import check_space as check_pbt_space
 from hpt_torch.space import Choice, Dimension
@@ -48,6 +48,14 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         name = "points" if recipe.search.points else "warm_start"
         problems.append(Problem(f"search.{name}", "do not go with grid, which has its own; leave them out"))
     problems += check_points(recipe.search.points, recipe.space)
+    first = queue(
+        recipe.space,
+        recipe.search.points if not problems else [],
+        start_with_defaults=recipe.search.start_with_defaults,
+    )
+    if recipe.search.points and recipe.search.trials is not None and len(first) > recipe.search.trials:
+        rule = f"must be at least {len(first)}, so that the points (and the declared defaults) are tried"
+        problems.append(Problem("search.trials", f"{rule}, got {recipe.search.trials}"))
     if (
         recipe.search.sampler != "grid"
         and recipe.search.timeout is None

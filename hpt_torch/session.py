@@ -271,6 +271,11 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
     return {"trials": recipe.search.trials, "timeout": recipe.search.timeout}
 
 
+def _few(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def _check_continues(
     directory: RunDir, wanted: Mapping[str, Any], checked: Checked, accept_code: bool, reopen: bool
 ) -> bool:
@@ -293,7 +298,7 @@ def _check_continues(
             )
         if not accept_code and (changed := reach.changes(old, wanted)):
             raise RunMismatchError(
-                f"{directory.path}: the code of {', '.join(changed)} changed since the run began. Trials "
+                f"{directory.path}: the code of {_few(changed)} changed since the run began. Trials "
                 "before and after would not be comparable: use another run directory, or go on all the same "
                 "with --accept-changed-code (accept_changed_code=True)"
             )

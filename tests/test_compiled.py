@@ -249,7 +249,7 @@ class _Counting(_Reading):
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"), [(_Reading, "reads the values"), (_Counting, "changes numbers"), (MLP, None)]
+    ("model", "reason"), [(_Reading, "reads the values"), (_Counting, "changes what the model"), (MLP, None)]
 )
 def test_what_cannot_be_recorded_is_found_before_training(model: Any, reason: str | None) -> None:
     task = Classification(model, _flat())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import QUICK
 
+from hpt_torch.points import check_points, queue
 from hpt_torch.record import Record
-from hpt_torch.types import RecipeError, Trial
+from hpt_torch.space import Choice, Float
+from hpt_torch.types import Problem, RecipeError, Trial
 
 RunQuick = Callable[..., str]
 
@@ -55,3 +58,55 @@ def test_another_run_without_anything_to_take(tmp_path: Path, run_quick: RunQuic
     with pytest.raises(RecipeError, match=r"search.warm_start: must have complete trials"):
         run_quick(tmp_path / "new", f"search.warm_start={tmp_path / 'old'}", raw=other)
     assert not (tmp_path / "new").exists()
+
+
+def test_without_declared_defaults_the_points_are_first(tmp_path: Path, run_quick: RunQuick) -> None:
+    space = "space.lr={float = [1e-4, 1e-1]}"
+    run_quick(tmp_path / "run", space, "search.points=[{lr = 0.02}]", "search.trials=1")
+    assert [t.hparams["lr"] for t in trials_of(tmp_path / "run")] == [0.02]
+
+
+CONDITIONAL = {
+    "nesterov": Choice([True, False], when={"momentum": (0.5, 0.9)}),
+    "momentum": Choice([0.5, 0.7, 0.9], when={"optimizer": ("sgd",)}),
+    "optimizer": Choice(["adam", "sgd", "rmsprop"]),
+    "lr": Float(1e-3, 1e-1),
+}
+
+
+def test_a_point_is_completed_by_what_its_values_are_read_under() -> None:
+    points = [{"nesterov": True}, {"momentum": 0.7}, {"lr": 0.01}, {"nesterov": True, "momentum": 0.9}]
+    assert check_points(points, CONDITIONAL) == []
+    assert queue(CONDITIONAL, points, start_with_defaults=True) == [
+        {"nesterov": True, "momentum": 0.5, "optimizer": "sgd"},
+        {"momentum": 0.7, "optimizer": "sgd"},
+        {"lr": 0.01},
+        {"nesterov": True, "momentum": 0.9, "optimizer": "sgd"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("point", "where", "what"),
+    [
+        (
+            {"momentum": 0.5, "optimizer": "adam"},
+            "search.points.0.momentum",
+            "is read only where optimizer is sgd, and the point has adam; leave one of them out",
+        ),
+        (
+            {"nesterov": True, "momentum": 0.7},
+            "search.points.0.nesterov",
+            "is read only where momentum is 0.5 or 0.9, and the point has 0.7; leave one of them out",
+        ),
+    ],
+)
+def test_a_point_with_a_value_that_nothing_reads_is_refused(
+    point: dict[str, Any], where: str, what: str
+) -> None:
+    assert check_points([point], CONDITIONAL) == [Problem(where, what)]
+
+
+def test_more_points_than_trials_are_refused(tmp_path: Path, run_quick: RunQuick) -> None:
+    with pytest.raises(RecipeError, match=r"search.trials: must be at least 3, so that the points"):
+        run_quick(tmp_path / "run", "search.points=[{lr = 0.02}, {lr = 0.03}]", "search.trials=2")
+    assert not (tmp_path / "run").exists()

@@ -161,7 +161,9 @@ def test_changed_code_is_noticed(tmp_path: Path, run_quick: RunQuick, digits_tas
         spec.loader.exec_module(module)
         space[version] = Classification(module.Made, digits_task.data())
     run_quick(tmp_path / "run", raw=raw, task=space["one"])
-    with pytest.raises(RunMismatchError, match="the code of Made changed"):
+    with pytest.raises(
+        RunMismatchError, match=r"the code of Made, made_one.Made.__init__, .* and 2 more changed"
+    ):
         run_quick(tmp_path / "run", raw=raw, task=space["two"])
     run_quick(tmp_path / "run", raw=raw, task=space["two"], accept_changed_code=True)
 

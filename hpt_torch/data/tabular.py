@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from csv import Error as CsvError
@@ -20,10 +21,19 @@ from hpt_torch.data.base import Column, Data
 from hpt_torch.data.splits import split
 from hpt_torch.types import TaskError
 
-MISSING = ("", "?", "na", "n/a", "nan", "null")  # in any case; "none" is left to be a category
+# In any case: what pandas takes for missing, but for "None", which may be a category
+MISSING = (
+    *("", "?", "na", "n/a", "nan", "null", "<na>", "#na", "#n/a", "#n/a n/a", "-nan"),
+    *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
+)
+DASHES = ("none", "-")  # in any case: a category among words, no value among numbers
+MOSTLY_NUMBERS = 0.9  # a column with this share of numbers is one of numbers, and what is none a mistake
 MOST_CLASSES = 20  # a whole-number target with more values than this is a quantity
 ROWS_PER_CLASS = 5  # nor are numbers that hardly repeat the names of classes
 MOST_CATEGORIES = 50  # a text column with more values than this is a name or a note, not a category
+_COMMAS = re.compile(  # 1,5 and 1,000.5 and 1.000,5
+    r"[+-]?(\d+,\d+|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+,\d+)"
+)
 
 
 def digits(*, valid_fraction: float = 0.2, holdout_fraction: float = 0.2, seed: int = 0) -> Data:
@@ -90,6 +100,7 @@ def csv(
     A column of numbers is one input, standardised on the train rows; any other is a category, one input of 0
     or 1 a value. A target of text, or of at most 20 whole numbers with five rows each on average, is
     classes; any other is a number to predict, in its own units. `Data.columns` says what was taken for what.
+    Where nearly all values are numbers, the few that are not are refused.
 
     columns: those to learn from (default: all but `target` and `drop`).
     categorical: columns of numbers that are only names, such as a postcode.
@@ -119,10 +130,12 @@ def csv(
                 f"{path}: a category must have at most {MOST_CATEGORIES} values, column {name!r} has "
                 f"{len(values)}{why}; drop it or mend the value"
             )
+        if name not in categorical:
+            _refuse_odd(path, f"column {name!r}", texts, lines, "drop the column, or name it in categorical")
         blocks.append((np.array(texts)[:, None] == np.array(values)[None, :]).astype(np.float64))
         described.append(Column(name, "category", values))
 
-    targets, classes = _target(path, target, [row[place[target]] for row in table], target_type)
+    targets, classes = _target(path, target, [row[place[target]] for row in table], lines, target_type)
     described.append(Column(target, "target", classes))
     numeric = [column.kind == "number" for column in described[:-1] for _ in column.values or "."]
     data = split(
@@ -222,6 +235,28 @@ def _refuse_missing(
         )
 
 
+def _refuse_odd(path: str | Path, what: str, texts: Sequence[str], lines: Sequence[int], remedy: str) -> None:
+    """Refuses the values that are no numbers in a column where nearly all are meant as numbers."""
+    saying = [text for text in texts if text.lower() not in DASHES]
+    meant = [text for text in saying if _means_number(text)]
+    if len(set(meant)) <= 2 or len(meant) < MOSTLY_NUMBERS * len(saying):
+        return
+    odd = [(text, line) for text, line in zip(texts, lines, strict=True) if _number(text) is None]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise TaskError(
+            f"{path}: a column of numbers must hold finite numbers, with a point for decimals, but {what} "
+            f"has {odd[0][0]!r} in line {odd[0][1]}{more}; mend it, leave the row out, {remedy}"
+        )
+
+
+def _means_number(text: str) -> bool:
+    """Whether it is a number, if only with a comma in it or an infinite one."""
+    if _COMMAS.fullmatch(text):
+        return True
+    return "_" not in text and (_number(text) is not None or text.lower().lstrip("+-") in ("inf", "infinity"))
+
+
 def _number(text: str) -> float | None:
     try:
         number = float(text)
@@ -246,7 +281,7 @@ def _ordered(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _target(
-    path: str | Path, name: str, texts: Sequence[str], target_type: str | None
+    path: str | Path, name: str, texts: Sequence[str], lines: Sequence[int], target_type: str | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     if target_type not in (None, "classes", "number"):
         raise TaskError(f"target_type must be 'classes' or 'number', got {target_type!r}")
@@ -254,6 +289,8 @@ def _target(
     if numbers is None and target_type == "number":
         odd = next(text for text in texts if _number(text) is None)
         raise TaskError(f"{path}: target {name!r} must hold finite numbers, got {odd!r}; mend it")
+    if numbers is None and target_type is None:
+        _refuse_odd(path, f"target {name!r}", texts, lines, "or set target_type='classes'")
     if numbers is not None and target_type is None:
         distinct = np.unique(numbers)
         few = len(distinct) <= MOST_CLASSES and len(distinct) * ROWS_PER_CLASS <= len(texts)

@@ -136,6 +136,59 @@ def test_missing_values_are_named(tmp_path: Path) -> None:
         csv(write(tmp_path, holes), "y")
 
 
+@pytest.mark.parametrize("missing", ["#N/A", "<NA>", "#NA", "-nan", "1.#QNAN", "NULL", "n/a"])
+def test_what_other_programs_write_for_a_missing_value_is_missing(tmp_path: Path, missing: str) -> None:
+    for values in ([*map(str, range(39)), missing], [*["low", "high"] * 20, missing]):
+        text = "a,y\n" + "\n".join(f"{value},{i % 2}" for i, value in enumerate(values))
+        with pytest.raises(TaskError, match=f"may be missing, .*: line {len(values) + 1} column 'a'; fill"):
+            csv(write(tmp_path, text), "y")
+
+
+@pytest.mark.parametrize("odd", ["x", "-", "None", "inf", "-Infinity", "1,5", "1,000", "1_000", "12 cm"])
+def test_a_value_that_is_none_in_a_column_of_numbers_is_refused(tmp_path: Path, odd: str) -> None:
+    values = [*map(str, range(20)), odd, *map(str, range(19))]
+    text = "a;y\n" + "\n".join(f"{value};{i % 2}" for i, value in enumerate(values))
+    with pytest.raises(TaskError, match=f"column 'a' has '{odd}' in line 22; mend it, .* in categorical"):
+        csv(write(tmp_path, text), "y", delimiter=";")
+    named = csv(write(tmp_path, text), "y", delimiter=";", categorical=["a"])
+    assert odd in named.columns[0].values
+    swapped = "y;a\n" + text.split("\n", 1)[1]
+    with pytest.raises(TaskError, match=f"target 'y' has '{odd}' in line 22; mend it, .*='classes'"):
+        csv(write(tmp_path, swapped), "y", delimiter=";")
+
+
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        (["0,5", "1,5", "-2,25", "3,0"], "0,5"),
+        (["1,000", "12,500", "1,000,000", "7"], "1,000"),
+        (["1.000,5", "2", "3", "4"], "1.000,5"),
+        (["1", "-", "none", "2", "3", "-"], "-"),  # many rows without a value are no category either
+    ],
+)
+def test_columns_of_numbers_that_cannot_be_read_are_refused(
+    tmp_path: Path, values: list[str], first: str
+) -> None:
+    text = "a;y\n" + "\n".join(f"{values[i % len(values)]};{i % 2}" for i in range(60))
+    with pytest.raises(TaskError, match=f"with a point for decimals, but column 'a' has '{first}' in line"):
+        csv(write(tmp_path, text), "y", delimiter=";")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["1a", "12", "7b"],
+        ["1", "2", "3", "many"],  # a quarter is no number
+        ["none", "some", "-"],
+        ["0", "1", "-"],  # two numbers may be names
+        ["1_000", "2_000", "3_000"],
+    ],
+)
+def test_text_with_some_numbers_stays_a_category(tmp_path: Path, values: list[str]) -> None:
+    text = "a;y\n" + "\n".join(f"{values[i % len(values)]};{i % 2}" for i in range(60))
+    assert csv(write(tmp_path, text), "y", delimiter=";").columns[0].values == tuple(sorted(values))
+
+
 TWO = "a,b,y\n" + "\n".join(f"{i},{i * 2},{i % 2}" for i in range(20))
 
 

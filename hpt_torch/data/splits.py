@@ -41,7 +41,8 @@ def split(
 
     inputs: (N, *shape), made float32 unless integer; targets: (N,) integers (classes), (N, T) integers (a
     class at every step) or (N, …) reals.
-    stratify: keep the share of each class equal (default: for targets of one integer a row).
+    stratify: keep the share of each class equal (default: for targets of one integer a row). A class with a
+    row for each part that is drawn, and for train, has one in each.
     standardise: subtract the mean and divide by the standard deviation of each feature *of the train rows*;
     a sequence of F booleans names the features it is done to. Sequences (N, T, F) have one mean a feature,
     over all rows and steps that are not padding, and their padding becomes 0.
@@ -92,9 +93,14 @@ def split(
         raise TaskError(f"groups must be one integer a row, shape ({rows},), got {belongs.shape}")
     if groups is not None and (valid is not None or holdout is not None):
         raise TaskError("groups cannot be kept together across ready-made parts; leave one of the two out")
+    parts_left = sum(count > 0 for count in drawn.values()) + 1  # with train
+    if stratify:
+        kinds = np.unique(y.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
+        common = np.flatnonzero(np.bincount(kinds) >= parts_left)  # the classes that every part can have
     for part, count in drawn.items():
         if not count:
             continue
+        parts_left -= 1
         labels = y[torch.from_numpy(rest)].numpy() if stratify else None
         state = derive_seed(seed, "split", part, bits=32)
         try:
@@ -106,6 +112,9 @@ def split(
                 rest, chosen = rest[left], rest[out]
             else:
                 rest, chosen = train_test_split(rest, test_size=count, random_state=state, stratify=labels)
+                if stratify:
+                    draw = generator(seed, "split", part, "exchange")
+                    rest, chosen = _exchanged(rest, chosen, kinds, common, parts_left, draw)
         except ValueError as error:
             raise TaskError(
                 f"cannot split off {count} of {len(rest)} rows for {part}: {error}; change {part}_fraction, "
@@ -133,6 +142,32 @@ def split(
         ordered=ordered,
         groups=together,
     )
+
+
+def _exchanged(
+    rest: np.ndarray,
+    chosen: np.ndarray,
+    kinds: np.ndarray,
+    common: np.ndarray,
+    least: int,
+    draw: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rest and chosen, with rows exchanged until each class in `common` has `least` in rest, one in chosen.
+
+    kinds: (N,) class numbers of all rows. A side gives a row of the class that it has most of for one that it
+    lacks. Where it lacks none, nothing is drawn or moved.
+    """
+    sides, needed = [rest.copy(), chosen.copy()], (least, 1)
+    for here, there in ((0, 1), (1, 0)):
+        held = np.bincount(kinds[sides[here]], minlength=int(kinds.max()) + 1)
+        for kind in common[held[common] < needed[here]]:
+            while held[kind] < needed[here] < held.max():
+                most = int(held.argmax())
+                given = draw.choice(np.flatnonzero(kinds[sides[here]] == most))
+                taken = draw.choice(np.flatnonzero(kinds[sides[there]] == kind))
+                sides[here][given], sides[there][taken] = sides[there][taken], sides[here][given]
+                held[most], held[kind] = held[most] - 1, held[kind] + 1
+    return sides[0], sides[1]
 
 
 def stratified_subset(labels: Array, rows: int, seed: int, *path: str | int) -> Tensor:

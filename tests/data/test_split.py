@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
 
 from hpt_torch.data import Data, Rows, split
 from hpt_torch.data.splits import stratified_subset
+from hpt_torch.seeding import derive_seed
 from hpt_torch.types import TaskError
 
 CPU = torch.device("cpu")
@@ -56,6 +60,50 @@ def test_class_shares_are_kept() -> None:
         torch.testing.assert_close(
             shares, torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), atol=0.006, rtol=0
         )
+
+
+def classes_of(data: Data) -> list[list[int]]:
+    return [torch.bincount(part.tensors["targets"], minlength=3).tolist() for part in parts_of(data)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("valid", "holdout"), [(0.2, 0.2), (0.1, 0.4), (0.5, 0.3), (0.05, 0)])
+def test_a_rare_class_has_a_row_in_every_part(valid: float, holdout: float, seed: int) -> None:
+    targets = np.array([0] * (3 if holdout else 2) + [1, 2] * 98)
+    fractions: dict[str, Any] = {"valid_fraction": valid, "holdout_fraction": holdout, "seed": seed}
+    data = split(np.arange(len(targets))[:, None], targets, **fractions)
+    assert all(counts[0] == 1 and abs(counts[1] - counts[2]) <= 2 for counts in classes_of(data))
+    assert len(data.valid) == round(valid * len(targets))
+    rows = torch.cat([part.tensors["inputs"].flatten() for part in parts_of(data)])
+    assert sorted(rows.tolist()) == list(range(len(targets)))
+    assert split(np.arange(len(targets))[:, None], targets, **fractions).fingerprint() == data.fingerprint()
+
+
+def test_several_rare_classes_have_rows_in_every_part() -> None:
+    targets = np.concatenate((np.repeat(np.arange(12), 3), np.full(60, 12)))
+    data = split(np.zeros((96, 1)), targets, valid_fraction=0.15, holdout_fraction=0.15)
+    for part in parts_of(data):
+        assert len(part.tensors["targets"].unique()) == 13
+
+
+def test_a_split_with_every_class_in_every_part_is_as_scikit_learn_draws_it() -> None:
+    inputs, targets = np.arange(100)[:, None], np.repeat([0, 1, 2], [10, 30, 60])
+    data = split(inputs, targets, seed=3)
+    rest, holdout = train_test_split(
+        np.arange(100),
+        test_size=20,
+        random_state=derive_seed(3, "split", "holdout", bits=32),
+        stratify=targets,
+    )
+    _, valid = train_test_split(
+        rest,
+        test_size=20,
+        random_state=derive_seed(3, "split", "valid", bits=32),
+        stratify=targets[rest],
+    )
+    assert data.holdout is not None
+    assert data.holdout.tensors["inputs"].flatten().tolist() == sorted(holdout)
+    assert data.valid.tensors["inputs"].flatten().tolist() == sorted(valid)
 
 
 def test_statistics_come_from_train_only() -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def split(
     valid: Mapping[str, Array] | None = None,
     holdout: Mapping[str, Array] | None = None,
     classes: Sequence[str] = (),
-    groups: Array | None = None,
+    groups: Array | Sequence[Hashable] | None = None,
     ordered: bool = False,
 ) -> Data:
     """Splits rows into train, valid and hold-out, at random unless they are `ordered`.
@@ -50,8 +50,8 @@ def split(
     valid, holdout: parts that came ready-made, as mappings with `inputs`, `targets` (and `lengths`). Then no
     row is drawn for that part; `holdout_fraction` 0 leaves a ready-made hold-out away.
     classes: the names of the classes, in the order of their numbers.
-    groups: (N,) integers; rows with the same one (a patient, a speaker) stay in one part. The fractions are
-    then those of the groups.
+    groups: (N,) integers, text or other labels; rows with the same one (a patient, a speaker) stay in one
+    part. The fractions are then those of the groups.
     ordered: the rows lie in time, and train is before valid, valid before hold-out.
 
     >>> import numpy as np, hpt_torch as hpt
@@ -88,9 +88,7 @@ def split(
             f"{holdout_fraction} of {rows} rows; lower one of them"
         )
     rest, where = np.arange(rows), dict[str, np.ndarray]()
-    belongs = np.asarray(groups) if groups is not None else rest
-    if belongs.shape != (rows,):
-        raise TaskError(f"groups must be one integer a row, shape ({rows},), got {belongs.shape}")
+    belongs = _group_numbers(groups, rows) if groups is not None else rest
     if groups is not None and (valid is not None or holdout is not None):
         raise TaskError("groups cannot be kept together across ready-made parts; leave one of the two out")
     parts_left = sum(count > 0 for count in drawn.values()) + 1  # with train
@@ -188,6 +186,32 @@ def stratified_subset(labels: Array, rows: int, seed: int, *path: str | int) -> 
 def _taken(pool: Mapping[str, Tensor], index: np.ndarray) -> dict[str, Tensor]:
     chosen = torch.from_numpy(np.sort(index))
     return {name: tensor[chosen] for name, tensor in pool.items()}
+
+
+def _group_numbers(groups: Any, rows: int) -> np.ndarray:
+    """(N,) integers that are equal where groups are: those given, or a number for each label."""
+    listed = isinstance(groups, list | tuple) and not all(isinstance(label, int) for label in groups)
+    # NumPy alone would make one type of mixed labels, and a table of tuples
+    labels = np.fromiter(groups, dtype=object, count=len(groups)) if listed else np.asarray(_native(groups))
+    if labels.shape != (rows,):
+        raise TaskError(
+            f"groups must be one integer a row, or one label of another kind, shape ({rows},), got "
+            f"{labels.shape}; give every row its own"
+        )
+    if labels.dtype.kind in "iu":
+        return labels
+    if labels.dtype != object:
+        return np.unique(labels, return_inverse=True)[1]
+    try:
+        distinct = list(dict.fromkeys(labels))
+    except TypeError as error:
+        raise TaskError(
+            f"groups must be labels that can be compared: {error}; use text or numbers"
+        ) from error
+    if all(isinstance(label, str) for label in distinct):  # then their order does not depend on the rows'
+        distinct.sort()
+    number = {label: i for i, label in enumerate(distinct)}
+    return np.array([number[label] for label in labels])
 
 
 def _native(array: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,51 @@ def test_fingerprint_covers_the_statistics() -> None:
     assert changed.fingerprint() != data.fingerprint()
     plain = dataclasses.replace(data, mean=None, std=None)
     assert plain.fingerprint() != data.fingerprint()
+
+
+def fingerprint_of_groups(groups: Any) -> str:
+    data = split(*numbered(60), groups=groups, seed=1)
+    assert data.groups is not None
+    assert not data.groups.is_floating_point()
+    return data.fingerprint() + str([(data.groups == group).sum().item() for group in data.groups])
+
+
+@pytest.mark.parametrize(
+    "labelled",
+    [
+        lambda names: names,
+        lambda names: names.astype(object),
+        lambda names: names.astype("S"),
+        lambda names: names.tolist(),
+        lambda names: [(name, 1) for name in names],
+        lambda names: np.array([frozenset(name) for name in names], dtype=object),
+    ],
+)
+def test_groups_may_be_any_labels(labelled: Callable[[np.ndarray], Any]) -> None:
+    numbers = np.arange(60) // 5
+    names = np.array(list("abcdefghijkl"))[numbers]
+    assert fingerprint_of_groups(labelled(names)) == fingerprint_of_groups(numbers)
+
+
+def test_mixed_labels_are_groups_of_their_own_and_integers_stay() -> None:
+    data = split(*numbered(60), groups=["1", 1, None] * 20, holdout_fraction=0.3, valid_fraction=0.3)
+    assert [part.tensors["targets"].unique().numel() for part in parts_of(data)] == [1, 1, 1]
+    for numbers in (np.arange(60) // 5 + 700, [700 + i // 5 for i in range(60)]):
+        groups = split(*numbered(60), groups=numbers).groups
+        assert groups is not None
+        assert groups.min() >= 700
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        (["a"] * 19, r"groups must be one integer a row, or one label .*, shape \(20,\), got \(19,\); give"),
+        ([[1]] * 20, "groups must be labels that can be compared: .*; use text or numbers"),
+    ],
+)
+def test_groups_that_tell_no_rows_apart_are_refused(groups: Any, text: str) -> None:
+    with pytest.raises(TaskError, match=text):
+        split(X, Y, groups=groups)
 
 
 X, Y = np.zeros((20, 2)), np.arange(20) % 2

@@ -296,7 +296,12 @@ def standardised(parts: Mapping[str, dict[str, Tensor]], chosen: bool | Sequence
     mean, std = seen.mean(dim=0), seen.std(dim=0, correction=0)
     std = torch.where(std > 0, std, torch.ones_like(std))  # a feature that never varies becomes 0
     if not isinstance(chosen, bool):
-        mask = torch.tensor(list(chosen), dtype=torch.bool)
+        mask, features = torch.tensor(list(chosen), dtype=torch.bool), mean.shape[-1] if mean.dim() else 1
+        if mask.shape[-1] != features:
+            raise TaskError(
+                f"standardise must be one boolean a feature, got {mask.shape[-1]} for {features} features; "
+                "name all of them, or pass True"
+            )
         mean, std = torch.where(mask, mean, 0.0), torch.where(mask, std, 1.0)
     for tensors in parts.values():
         x = (tensors["inputs"].double() - mean) / std

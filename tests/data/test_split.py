@@ -294,6 +294,13 @@ X, Y = np.zeros((20, 2)), np.arange(20) % 2
         ),
         ({"lengths": np.full(20, 3)}, "lengths must be from 1 to the 2 steps of inputs, got 3 in row 0"),
         ({"lengths": np.ones(20)}, "lengths must be one integer a row of inputs"),
+        (
+            {"standardise": [True] * 5},
+            "standardise must be one boolean a feature, got 5 for 2 features; name all of them, or pass True",
+        ),
+        ({"standardise": [True]}, "one boolean a feature, got 1 for 2 features"),
+        ({"standardise": []}, "one boolean a feature, got 0 for 2 features"),
+        ({"standardise": [True], "inputs": np.zeros((20, 5, 2))}, "got 1 for 2 features"),
         ({"classes": ["only"]}, "targets must be numbers of the 1 classes named, got 1; name them all"),
         ({"holdout": {"inputs": X[:, :1], "targets": Y}}, r"holdout inputs must look like those of train"),
         ({"valid": {"inputs": X, "targets": Y * 1.0}}, r"valid targets must look like those of train"),

@@ -294,7 +294,10 @@ def standardised(parts: Mapping[str, dict[str, Tensor]], chosen: bool | Sequence
         steps = _steps(train)
         seen = seen.flatten(0, 1) if steps is None else seen[steps]
     mean, std = seen.mean(dim=0), seen.std(dim=0, correction=0)
-    std = torch.where(std > 0, std, torch.ones_like(std))  # a feature that never varies becomes 0
+    # A feature that never varies becomes 0, also where the rounding of the sums gave it a tiny deviation
+    never = seen.amin(dim=0) == seen.amax(dim=0)
+    mean = torch.where(never & (std > 0), seen[0], mean)
+    std = torch.where(never | (std == 0), torch.ones_like(std), std)
     if not isinstance(chosen, bool):
         mask, features = torch.tensor(list(chosen), dtype=torch.bool), mean.shape[-1] if mean.dim() else 1
         if mask.shape[-1] != features:

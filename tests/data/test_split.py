@@ -128,6 +128,20 @@ def test_standardise_names_features_and_leaves_constants_finite() -> None:
     assert train[:, 2].abs().max() == 0
 
 
+@pytest.mark.parametrize("shape", [(1000, 1), (1000,), (200, 5, 1), (1000, 1, 1, 1)])
+@pytest.mark.parametrize("value", [0.1, 1e6 + 0.1, -3e-20])
+def test_a_single_feature_that_never_varies_becomes_0(shape: tuple[int, ...], value: float) -> None:
+    data = split(np.full(shape, value), np.arange(shape[0]) % 2, standardise=True)
+    for part in parts_of(data):
+        assert part.tensors["inputs"].abs().max() == 0
+
+
+def test_a_feature_that_varies_little_is_standardised() -> None:
+    inputs = 1 + 1e-12 * (np.arange(100)[:, None] % 3)
+    x = split(inputs, np.arange(100) % 2, standardise=True).train.tensors["inputs"]
+    torch.testing.assert_close(x.std(correction=0), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
 def test_large_values_are_standardised_before_they_lose_digits() -> None:
     seconds = 1.7e9 + np.arange(100.0)  # float32 knows only every 128th of them
     data = split(seconds[:, None], np.arange(100) % 2, standardise=True)

@@ -235,6 +235,9 @@ def _checked(
             tensor = torch.as_tensor(_native(array))
         except TypeError as error:
             raise TaskError(f"{part}{name} must hold numbers: {error}") from error
+        tensor = _plain(tensor, part + name)
+        if name == "inputs" and tensor.dtype == torch.bool:
+            tensor = tensor.float()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
             raise TaskError(
@@ -268,6 +271,17 @@ def _checked(
     if ("lengths" in tensors) != ("lengths" in like):
         raise TaskError(f"{part}lengths must be given for every part or for none")
     return tensors
+
+
+def _plain(tensor: Tensor, name: str) -> Tensor:
+    """With the wide unsigned integers, which torch hardly knows, as int64."""
+    if tensor.is_complex():
+        raise TaskError(
+            f"{name} must be real, got {tensor.dtype}; pass real and imaginary parts as values of their own"
+        )
+    if tensor.dtype == torch.uint64 and bool((tensor.view(torch.int64) < 0).any()):
+        raise TaskError(f"{name} must be integers below 2**63, got larger ones of uint64; number them anew")
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 
 def _checked_lengths(lengths: Tensor, x: Tensor, part: str) -> Tensor:

@@ -184,6 +184,28 @@ def test_targets_decide_out_features_and_dtype() -> None:
     assert split(x, np.arange(30) % 2, classes=["a", "b", "c"]).out_features == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (bool, torch.float32),
+        (np.float16, torch.float32),
+        (np.uint8, torch.uint8),
+        (np.int32, torch.int32),
+        (np.uint16, torch.int64),
+        (np.uint32, torch.int64),
+        (np.uint64, torch.int64),
+    ],
+)
+def test_inputs_are_of_a_dtype_that_models_take(given: type, taken: torch.dtype) -> None:
+    numbers = np.arange(40).reshape(20, 2) % 3
+    ready = {"inputs": numbers.astype(given), "targets": Y.astype(np.uint16)}
+    data = split(ready["inputs"], ready["targets"], valid=ready)
+    x = data.valid.tensors["inputs"]
+    assert {part.tensors["inputs"].dtype for part in parts_of(data)} == {taken}
+    assert x.tolist() == numbers.astype(given).tolist()
+    assert data.valid.tensors["targets"].tolist() == Y.tolist()
+
+
 def test_a_subset_keeps_shares_and_grows() -> None:
     labels = np.repeat([0, 1], [90, 10])
     small, large = (stratified_subset(labels, rows, 3, "train") for rows in (20, 50))
@@ -302,6 +324,9 @@ X, Y = np.zeros((20, 2)), np.arange(20) % 2
         ({"targets": np.where(Y, np.nan, 1.0)}, r"targets must be finite; rows \[1, 3, 5, 7, 9\] are not"),
         ({"inputs": X + np.inf}, r"inputs must be finite; rows \[0, 1, 2, 3, 4\] are not: drop or fill them"),
         ({"inputs": np.array([["a"]] * 20)}, "inputs must hold numbers"),
+        ({"inputs": X * 1j}, "inputs must be real, got torch.complex128; pass real and imaginary parts"),
+        ({"targets": Y * 1j}, "targets must be real, got torch.complex128"),
+        ({"inputs": X.astype(np.uint64) + 2**63}, r"inputs must be integers below 2\*\*63, got larger ones"),
         (
             {"targets": np.eye(20, dtype=int)[0]},
             "cannot split off 4 of 20 rows for holdout: .* change holdout_f",

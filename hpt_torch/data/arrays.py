@@ -7,6 +7,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def read_npz(
         raise TaskError(f"{path} must be an .npz file with named arrays; write it with numpy.savez")
     wanted = {"inputs": inputs, "targets": targets, "lengths": lengths or "lengths"}
     parts = _parts(path, arrays, wanted, lengths is not None)
-    classes = tuple(str(label) for label in arrays["classes"]) if "classes" in arrays else ()
+    classes = tuple(map(_text, arrays["classes"])) if "classes" in arrays else ()
     labels = [part["targets"] for part in parts.values()]
     if any(array.dtype.kind in "US" for array in labels):
         numbered, names = number_classes(labels)
@@ -93,7 +94,11 @@ def read_npz(
 def number_classes(labels: Sequence[np.ndarray]) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Labels of several parts, numbered together in sorted order, and their names."""
     names, numbers = np.unique(np.concatenate(labels), return_inverse=True)
-    return np.split(numbers, np.cumsum([len(array) for array in labels])[:-1]), tuple(str(n) for n in names)
+    return np.split(numbers, np.cumsum([len(array) for array in labels])[:-1]), tuple(map(_text, names))
+
+
+def _text(label: Any) -> str:
+    return label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label)
 
 
 def _parts(

@@ -267,6 +267,13 @@ def test_npz_numbers_text_labels_over_all_parts(tmp_path: Path) -> None:
     assert set(data.train.tensors["targets"].tolist()) == {1, 2}
 
 
+def test_npz_names_classes_of_bytes_as_text(tmp_path: Path) -> None:
+    words = np.array([b"cat", "é".encode()])[Y]
+    assert npz(saved(tmp_path, x=X, y=words)).classes == ("cat", "é")
+    assert npz(saved(tmp_path, x=X, y=Y, classes=np.array([b"no", b"yes"]))).classes == ("no", "yes")
+    assert npz(saved(tmp_path, x=X, y=np.array([b"a", b"\xe9"])[Y])).classes == ("a", r"\xe9")
+
+
 def test_npz_finds_lengths(tmp_path: Path) -> None:
     series, steps = np.zeros((20, 5, 2), dtype=np.float32), np.arange(20) % 5 + 1
     assert "lengths" in npz(saved(tmp_path, x=series, y=Y, len=steps)).valid.tensors

@@ -153,6 +153,8 @@ def _genetic(study: Any, size: int) -> Callable[..., Any]:
     sampler = Sampler(population_size=size)
     for generation in range(1, max(children, default=-1) + 2):
         parents.append(sampler.select_parent(study, generation))
+    if len(parents[-1]) == 1:
+        parents[-1] = []  # a child has two: until there are, points are drawn at random
     return functools.partial(Sampler, population_size=size)
 
 

@@ -308,6 +308,17 @@ def test_a_history_of_one_state_only(kind: str, state: TrialState) -> None:
     assert len(ask(kind, space, history, [12, 13], 2)) == 2
 
 
+@pytest.mark.parametrize("complete", range(4))
+@pytest.mark.parametrize("kind", ["tpe", "gp", "nsga2", "tpe, two", "gp, two", "nsga2, two"])
+def test_a_history_of_which_few_are_complete(kind: str, complete: int) -> None:
+    """Of nsga2's two parents there may be one."""
+    space = SPACES["log"]
+    history = [
+        t if t.number < complete else replace(t, state=TrialState.PRUNED) for t in history_of(space, 6)
+    ]
+    assert len(ask(kind, space, history, [12, 13], 1)) == 2
+
+
 @pytest.mark.parametrize("kind", ["tpe", "random", "grid", "gp", "nsga2"])
 def test_an_empty_space_has_one_point(kind: str) -> None:
     assert ask(kind, {}, [], [0], 0) == [{}]

@@ -192,6 +192,7 @@ def trainers(
             seed=seed,
             epochs=settings.epochs,
             keep=keep,
+            scored=objective.metric,
             autocast=torch.bfloat16 if settings.autocast == "bfloat16" else None,
             probe=probe,  # type: ignore[arg-type]
             programs=programs[kind],

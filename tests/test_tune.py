@@ -303,3 +303,42 @@ def test_what_is_searched_under_a_condition_has_its_default_elsewhere(data: hpt.
     assert "warmup_epochs" not in settings
     with hpt.record.Record(tmp_path / "run" / "run.db", readonly=True) as record:
         assert "batch_size" not in record.of_kind("run")[0].body["recipe"]["hparams"]
+
+
+class _Rated(hpt.Classification):
+    """With a further figure, which has no value where nothing was guessed to be of class 1."""
+
+    def __init__(self, model: Any, data: hpt.Data) -> None:
+        super().__init__(model, data)
+        self.metric_names = (*self.metric_names, "precision_of_1", "precision")
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        guesses = model(batch["inputs"]).argmax(1)
+        hits = ((guesses == 1) & (batch["targets"] == 1)).sum()
+        return {**super().metrics(model, batch), "guessed": (guesses == 1).sum() * 0, "hits": hits}
+
+    def finalize(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {**super().finalize(sums), "precision_of_1": sums["hits"] / sums["guessed"] * 0}
+
+
+@pytest.mark.parametrize("engine", ["loop", "fused"])
+def test_a_metric_without_a_value_ends_no_trial_but_the_objective_does(
+    data: hpt.Data, tmp_path: Path, engine: str
+) -> None:
+    options: dict[str, Any] = {"trials": 2, "epochs": 2, "engine": engine, "executor": "inline"}
+    options |= {"progress": False, "tensorboard": False}
+    space = {"lr": hpt.Float(1e-3, 1e-2)}
+    result = hpt.tune(_Rated(Net, data), space, run_dir=tmp_path / "one", **options)
+    assert [trial.state for trial in result.trials] == ["COMPLETE"] * 2
+    assert not any("precision_of_1" in name for name in result.best.metrics)
+    asked = {"metric": "valid/precision", "direction": "maximize"}
+    result = hpt.tune(_Rated(Net, data), space, run_dir=tmp_path / "two", **options, **asked)
+    assert [trial.state for trial in result.trials] == ["FAILED"] * 2
+    assert result.trials[0].reason == (
+        "the objective valid/precision was not measured in epoch 1, only train/accuracy, train/grad_norm, "
+        "train/loss, train/precision_of_1, valid/accuracy, valid/loss, valid/precision_of_1; the task's "
+        "finalize() must return it, and roc_auc needs rows of every class"
+    )
+    asked = {"metric": "valid/precision_of_1", "direction": "maximize"}
+    result = hpt.tune(_Rated(Net, data), space, run_dir=tmp_path / "three", **options, **asked)
+    assert "diverged: valid/precision_of_1 is nan" in result.trials[0].reason

@@ -257,12 +257,27 @@ def noise_keys(noise: int, batches: int, parts: int, layers: Sequence[int]) -> A
     return np.concatenate((x, key_SA[..., None]), axis=-1).astype(np.uint32).view(np.int32)
 
 
-def diverged(metrics: Mapping[str, Any], epoch: int, train_loss: float) -> str | None:
-    """Why the member counts as diverged, or None."""
+def unfit(metrics: Mapping[str, float], epoch: int, train_loss: float, scored: str | None) -> str | None:
+    """Why the member cannot go on, or None: it diverged, or lacks the metric that it is scored by."""
     if not math.isfinite(train_loss):
         return f"diverged: the training loss is {train_loss} in epoch {epoch}"
-    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    if scored is not None and scored not in metrics:
+        return (
+            f"the objective {scored} was not measured in epoch {epoch}, only {', '.join(sorted(metrics))}; "
+            "the task's finalize() must return it, and roc_auc needs rows of every class"
+        )
+    telling = [name for name in sorted(metrics) if scored is None or _tells(name, scored)]
+    bad = [name for name in telling if not math.isfinite(metrics[name])]
     return f"diverged: {bad[0]} is {metrics[bad[0]]} after epoch {epoch}" if bad else None
+
+
+def _tells(name: str, scored: str) -> bool:
+    return name in (scored, "train/grad_norm") or name.endswith("/loss")
+
+
+def told(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that have a value: of a class without rows some have none."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -80,14 +80,13 @@ class FusedTrainer(LoopTrainer):
             clips = stack.clips_P[position]
             mine |= base.gradient_metrics(norms[position], clipped[position], batches, clips)
             population.epoch[i] += 1
-            if reason := base.diverged(mine, population.epoch[i], losses[position]):
+            if reason := base.unfit(mine, population.epoch[i], losses[position], self.scored):
                 self._fail(population, i, result, reason)
                 continue
             if self.keep is not None:
                 self._keep_from_stack(population, i, mine[self.keep.metric])
-            result.reports.append(
-                Report(trial=population.trials[i], epoch=population.epoch[i], metrics=mine, seconds=seconds)
-            )
+            trial, epoch, measured = population.trials[i], population.epoch[i], base.told(mine)
+            result.reports.append(Report(trial=trial, epoch=epoch, metrics=measured, seconds=seconds))
 
     def _keep_from_stack(self, population: Population, i: int, score: float) -> None:
         before = population.best[i]

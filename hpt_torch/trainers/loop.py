@@ -30,7 +30,8 @@ class LoopTrainer:
     """Trains the members of a population one by one.
 
     data: on `device`, in `dtype`. epochs: of a whole trial, which the schedules read. keep: the objective by
-    which a member's best epoch is kept; None keeps the last. autocast: dtype of matrix products.
+    which a member's best epoch is kept; None keeps the last. scored: the metric that each epoch must give; of
+    the others one may have no value. autocast: dtype of matrix products.
     programs: those of another such trainer of the same task and settings, whose rows alone are others.
     `seed` is the run's: initial weights derive from (seed, trial), data order and noise from (seed, epoch).
     """
@@ -45,12 +46,13 @@ class LoopTrainer:
         seed: int,
         epochs: int,
         keep: Objective | None = None,
+        scored: str | None = None,
         autocast: torch.dtype | None = None,
         probe: Part | None = None,
         programs: Programs | None = None,
     ) -> None:
         self.task, self.data, self.device, self.dtype, self.seed = task, data, device, dtype, seed
-        self.epochs, self.keep, self.autocast = epochs, keep, autocast
+        self.epochs, self.keep, self.scored, self.autocast = epochs, keep, scored, autocast
         self.dynamic, self.named = task.dynamic_hparams, task.buffer_hparams
         self.order = base.DataOrder(len(data.train), seed, device)
         self.probe = base.probe(data.train, data.valid, seed) if probe is None else probe
@@ -211,14 +213,14 @@ class LoopTrainer:
         )
         member.store(batch=0)
         population.epoch[i] += 1
-        if reason := base.diverged(metrics, population.epoch[i], train_loss):
+        if reason := base.unfit(metrics, population.epoch[i], train_loss, self.scored):
             self._fail(population, i, result, reason)
             return
         if self.keep is not None:
             self._keep_if_best(population, i, member, metrics[self.keep.metric])
         seconds = time.perf_counter() - started
         report = Report(
-            trial=population.trials[i], epoch=population.epoch[i], metrics=metrics, seconds=seconds
+            trial=population.trials[i], epoch=population.epoch[i], metrics=base.told(metrics), seconds=seconds
         )
         result.reports.append(report)
 

@@ -167,7 +167,21 @@ def groups(
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether one of the patterns is for the parameter: for its name, or that of a module that it is in."""
+    return any(
+        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+        for pattern in patterns
+    )
+
+
+def unmatched(names: Sequence[str], hparams: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(hyperparameter, what is wrong): the first pattern of `freeze` or `head` that is for no parameter."""
+    for hparam in ("freeze", "head"):
+        for pattern in hparams.get(hparam) or ():
+            if not any(matches(name, [pattern]) for name in names):
+                few = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+                return hparam, f"no parameter is called {pattern!r}; the model has {few}"
+    return None
 
 
 @torch.no_grad()

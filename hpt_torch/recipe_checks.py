@@ -232,6 +232,11 @@ def check_hparams(recipe: Recipe, specs: Mapping[str, HParamSpec]) -> list[Probl
                         f"{parent} is {', '.join(map(str, possible))}; leave it out",
                     )
                 )
+    factor = recipe.hparams.get("head_lr_factor", 1.0) != 1.0, "head_lr_factor" in recipe.space
+    if any(factor) and "head" in specs and "head" not in recipe.space and not recipe.hparams.get("head"):
+        where = f"{'space' if factor[1] else 'hparams'}.head_lr_factor"
+        rule = 'is the learning rate of the parameters in head, which is empty; set hparams.head = ["head.*"]'
+        problems.append(Problem(where, f"{rule}, or leave it out"))
     dynamic = [name for name, spec in specs.items() if spec.dynamic]
     if recipe.scheduler.kind == "pbt" and not problems:
         problems += check_pbt_space(recipe.space, dynamic)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hpt_torch import __version__, calibration, engines, reach
+from hpt_torch import __version__, calibration, engines, optim, reach
 from hpt_torch import recipe as recipes
 from hpt_torch.crash import CrashLog
 from hpt_torch.data import Rows
@@ -120,6 +120,8 @@ def _check_model(recipe: Recipe, specs: Mapping[str, HParamSpec], task: Task) ->
         model = task.build_model(hparams)
     except (InfeasibleError, RuntimeError, MemoryError) as error:
         return [Problem("hparams", f"allow no model: {error}")]
+    if wrong := optim.unmatched([name for name, _ in model.named_parameters()], hparams):
+        return [Problem(f"hparams.{wrong[0]}", wrong[1])]
     if limit is not None and (count := parameters(model, hparams["freeze"])) > limit:
         rule = f"must be at least {count:,}, the trainable parameters of the one model that is searched"
         return [Problem("search.max_parameters", f"{rule}, got {limit:,}; raise it, or search smaller ones")]

@@ -317,6 +317,12 @@ HPARAMS = [
         "momentum",
         "is read only where optimizer is sgd, but optimizer is adam; leave it out",
     ),
+    (
+        "head_lr_factor = 0.1",
+        "head_lr_factor",
+        "is the learning rate of the parameters in head, which is empty",
+    ),
+    ('freeze = ["layers"]\nhead = ["hed"]', "head", "no parameter is called 'hed'; the model has layers.1"),
     ("nesterov = true", "nesterov", "is read only where optimizer is sgd"),
     ('optimizer = "sgd"\nbeta1 = 0.9', "beta1", "is read only where optimizer is adam or adamw"),
 ]

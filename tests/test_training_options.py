@@ -27,7 +27,7 @@ from hpt_torch.task import Task
 from hpt_torch.tasks import Classification
 from hpt_torch.trainers import base
 from hpt_torch.trainers.loop import LoopTrainer
-from hpt_torch.types import Objective, Report, TrialState
+from hpt_torch.types import InfeasibleError, Objective, Report, TrialState
 
 CPU = torch.device("cpu")
 EPOCHS, BATCH, TRIAL, SEED = 4, 16, 4, 3
@@ -303,7 +303,7 @@ def test_a_head_with_its_own_learning_rate(factor: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "patterns", [("body.*",), ("head.bias",), ("*.weight",), ("body.0.*", "head.*"), ("nothing.*",)]
+    "patterns", [("body.*",), ("head.bias",), ("*.weight",), ("body.0.*", "head.*"), ("body.0",)]
 )
 def test_freeze(patterns: tuple[str, ...]) -> None:
     """Against torch with requires_grad_(False); penalties and decay do not reach what is frozen."""
@@ -314,7 +314,8 @@ def test_freeze(patterns: tuple[str, ...]) -> None:
 
     def freeze(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            inside = any(name.startswith(f"{pattern}.") for pattern in patterns)
+            if inside or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 parameter.requires_grad_(False)
 
     def free(model: nn.Module) -> list[nn.Parameter]:
@@ -337,6 +338,15 @@ def test_freeze(patterns: tuple[str, ...]) -> None:
 
 
 def _discard(value: object) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["freeze", "head"])
+def test_a_pattern_that_is_for_no_parameter_allows_no_training(name: str) -> None:
+    task = _task()
+    with pytest.raises(
+        InfeasibleError, match=rf"{name}: no parameter is called 'bdy.\*'; the model has body.0"
+    ):
+        _trainer(task).init([TRIAL], [_hparams(task, **{name: ("body.*", "bdy.*")})])
 
 
 def test_everything_frozen_is_told_as_such() -> None:

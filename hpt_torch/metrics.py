@@ -107,6 +107,7 @@ def binary_cross_entropy(
     class_weights_C: Tensor | None = None,
 ) -> Tensor:
     """Mean over rows of the summed binary cross-entropy of the C yes-or-no questions, shape ()."""
+    logits_BC, targets_B = _rows(logits_BC, targets_B)
     yes_BC = F.one_hot(targets_B, logits_BC.shape[-1]).to(logits_BC.dtype)
     yes_BC = yes_BC * (1 - label_smoothing) + label_smoothing / 2
     losses_B = F.binary_cross_entropy_with_logits(logits_BC, yes_BC, reduction="none").sum(-1)

@@ -184,7 +184,8 @@ class Supervised(Task):
 
 
 class Classification(Supervised):
-    """One of `data.out_features` classes for each row (or for each step of it).
+    """One of `data.out_features` classes for each row (or for each step of it). The model returns a number a
+    class; of two classes it may return one, the log-odds of class 1, as ``BCEWithLogitsLoss`` has it.
 
     metrics: of accuracy, top5, f1, precision, recall (macro means) and roc_auc; the first one is optimised.
 
@@ -227,6 +228,14 @@ class Classification(Supervised):
                 "hand; use none, or weigh the classes in the loss of a subclass of Classification"
             )
         return super().build_model(hparams)
+
+    def forward(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any] | None = None) -> Tensor:
+        """The model's output; of two classes 0 beside the log-odds of class 1, where it is that."""
+        logits, targets = super().forward(model, batch, hparams), batch["targets"]
+        if self._data.out_features != 2 or logits.numel() != targets.numel():
+            return logits
+        odds = logits.reshape(targets.shape)
+        return torch.stack((torch.zeros_like(odds), odds), dim=-1)
 
     def loss(self, model: nn.Module, batch: Batch, hparams: Mapping[str, Any]) -> Tensor:
         logits = self.forward(model, batch, hparams)

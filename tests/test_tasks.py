@@ -59,6 +59,57 @@ def _train(task: Task, epochs: int, **given: Any) -> tuple[dict[str, float], nn.
     return dict(result.reports[-1].metrics), trainer.load(hparams, 0, trainer.weights(population, 0))
 
 
+class _Odds(nn.Module):
+    """One number a row: the log-odds of class 1."""
+
+    def __init__(self, flat: bool = False) -> None:
+        super().__init__()
+        self.linear, self.flat = nn.Linear(4, 1), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y.squeeze(1) if self.flat else y
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_the_log_odds_of_one_class_are_trained_as_torch_does(
+    flat: bool, loss: str, shape: tuple[int, ...]
+) -> None:
+    data = _blobs(classes=2)
+    rows = data.train.tensors["inputs"].double(), data.train.tensors["targets"]
+    task, model = Classification(_Odds, data), _Odds(flat).double()
+    hparams = _hparams(task, loss=loss, label_smoothing=0.1)
+    batch = {"inputs": rows[0], "targets": rows[1].reshape(shape)}
+    (mine,) = torch.autograd.grad(task.loss(model, batch, hparams), [model.linear.weight])
+    smooth = 0.9 * rows[1].double() + 0.05
+    expected = nn.functional.binary_cross_entropy_with_logits(model(rows[0]).reshape(-1), smooth)
+    (theirs,) = torch.autograd.grad(expected, [model.linear.weight])
+    assert torch.allclose(mine, theirs, rtol=1e-12)
+    found = task.finalize(task.metrics(model, batch))
+    plain = nn.functional.binary_cross_entropy_with_logits(model(rows[0]).reshape(-1), rows[1].double())
+    assert math.isclose(found["loss"], float(plain))
+    assert found["accuracy"] == float(((model(rows[0]).reshape(-1) > 0) == rows[1]).double().mean())
+
+
+def test_weights_of_five_dimensions_beside_images() -> None:
+    """As for spectral images: only weights of four dimensions can lie channels-last."""
+
+    class Spectral(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(
+                nn.Conv2d(3, 3, 3, padding=1), nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 2, 3, padding=1),
+                nn.ReLU(), nn.MaxPool3d((1, 2, 2)), nn.Flatten(), nn.Linear(2 * 3 * 4 * 3, 2),
+            )  # fmt: skip
+
+    draw = generator(0, "spectral")
+    data = split(draw.normal(size=(60, 3, 9, 7)), np.arange(60) % 2)
+    metrics, model = _train(Classification(Spectral, data), 2)
+    assert math.isfinite(metrics["valid/loss"])
+    assert isinstance(model, Spectral)
+
+
 # -- they learn ----------------------------------------------------------------------------------------
 
 

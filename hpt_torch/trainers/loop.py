@@ -78,7 +78,12 @@ class LoopTrainer:
                 rule = "parameters must be real; hold its real and imaginary parts (torch.view_as_complex)"
                 raise InfeasibleError(f"{name} is complex: {rule}")
         model = model.to(self.device, self.dtype)
-        return model.to(memory_format=torch.channels_last) if self.data.train.has_images else model
+        if self.data.train.has_images:
+            # Not model.to(memory_format=...), which takes no weights of five dimensions.
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.dim() == 4:
+                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        return model
 
     def traits(self, hparams: HParams, trial: int) -> frozenset[str]:
         """What of the trial's model decides how it trains fastest: some of `costs.TRAITS`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpt_torch import promotion
 from hpt_torch.record import Record
 from hpt_torch.report.confirmation import REFIT
 from hpt_torch.types import RunError
@@ -82,10 +83,13 @@ class Removable:
 
 
 def removable(run_dir: Path) -> list[Removable]:
-    """What can go of a run without losing any of its results. Raises RunError where it is not a run."""
+    """What can go of a run without losing any of its results, nor what an extension goes on from. Raises
+    RunError where it is not a run."""
     with Record(run_dir / "run.db", readonly=True) as record:
         ended = all(trial.state.is_finished for trial in record.trials.values())
         kept = {f.name for key in ("best", REFIT) for f in record.state_files.get(key, [])[-1:]}
+        # with a larger budget, who waits at a rung may be promoted
+        kept |= {f.name for key in promotion.needed(record) for f in record.state_files.get(key, [])}
     found = [(run_dir / "tensorboard", "curves; written again when the run goes on")]
     found += [
         (run_dir / name, "hpt report writes it again") for name in ("report.html", "trials.csv", "best")

@@ -12,8 +12,10 @@ import pytest
 from conftest import QUICK
 from test_evolution import record_of
 from test_resume import PowerSwitch
+from typer.testing import CliRunner
 
 from hpt_torch import promotion
+from hpt_torch.cli import app
 from hpt_torch.schedulers import Halving
 from hpt_torch.types import DamageError, Objective, Report, Trial
 
@@ -98,6 +100,22 @@ def test_a_larger_budget_promotes_who_waits(tmp_path: Path, run_quick: RunQuick)
     whole = json.loads(run_quick(tmp_path / "whole", raw=ASHA))["trials"]
     same = [t == (w["state"], w["reports"], w["weights_sha256"]) for t, w in zip(trials, whole, strict=True)]
     assert sum(same) >= 15  # at the end of the smaller budget some were promoted earlier than they would be
+
+
+@pytest.mark.slow
+def test_who_waits_can_be_promoted_after_a_cleaning(tmp_path: Path, run_quick: RunQuick) -> None:
+    """`hpt clean` removes no state from which an extended run goes on: it ends as it does uncleaned."""
+    cleaned, left = tmp_path / "cleaned", tmp_path / "left"
+    for path in (cleaned, left):
+        run_quick(path, "search.trials=8", raw=ASHA)
+    before = _promoted(cleaned)
+    stale = cleaned / "checkpoints" / "paused-99-0.safetensors"
+    stale.write_bytes(b"of nobody")
+    CliRunner().invoke(app, ["clean", str(cleaned), "--yes"], catch_exceptions=False)
+    assert not stale.exists()
+    ends = [run_quick(path, raw=ASHA, reopen_holdout=True) for path in (cleaned, left)]
+    assert ends[0] == ends[1]
+    assert any(trial < 8 for _, trial, _ in _promoted(cleaned)[len(before) :])
 
 
 # -- whatever happens ----------------------------------------------------------------------------------

@@ -238,10 +238,15 @@ def _recipe(recipe: Mapping[str, Any], name: str, found: Refinement) -> str:
     """The run's recipe with the refined space, as TOML: what is not the default, a dimension a line."""
     import tomli_w
 
+    from hpt_torch.needs import still_read
     from hpt_torch.recipe import Recipe
     from hpt_torch.space import dump_dimension
 
-    given = Recipe.model_validate({**recipe, "name": name, "space": {}})
+    def possible(parent: str, value: Any) -> bool:
+        return parent in found.space and found.space[parent].contains(value)
+
+    hparams = still_read(recipe["hparams"], recipe["space"], possible)
+    given = Recipe.model_validate({**recipe, "name": name, "hparams": hparams, "space": {}})
     raw = given.model_dump(exclude_defaults=True, exclude_none=True)
     raw = {"name": name, "task": {}, **raw}
     raw["task"] = {**{key: recipe["task"][key] for key in ("kind", "model", "data")}, **raw["task"]}

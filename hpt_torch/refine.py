@@ -28,6 +28,7 @@ from hpt_torch.evidence import (
     value_at,
     worse,
 )
+from hpt_torch.needs import lost_need
 from hpt_torch.space import Choice, Dimension, Float, Int, Space, encode, ordered
 from hpt_torch.types import Objective, Trial, UserInputError
 
@@ -60,22 +61,28 @@ def refine(space: Space, trials: Sequence[Trial], objective: Objective) -> Refin
     judged = judge(trials, objective)
     new: dict[str, Dimension] = {}
     reasons: dict[str, str] = {}
+    found = {name: _judged(name, dimension, judged, space) for name, dimension in space.items()}
     for name in ordered(space):
-        dimension = space[name]
-        changed, reason = (
-            _choice(name, dimension, judged, space)
-            if isinstance(dimension, Choice)
-            else _range(name, dimension, judged, space)
-        )
+        changed, reason = found[name]
         kept, gone = _conditions(changed, new)
+        lost = lost_need(name, space, lambda parent, value: found[parent][0].contains(value))
         if kept is None:
             reasons[name] = f"left out: it needs {gone}, which is searched no more"
+        elif lost is not None:
+            reasons[name] = f"left out: it needs {lost[0]} = {_either(lost[1])}, which is searched no more"
         else:
             new[name] = _with_default(name, kept, judged.good[0] if judged.good else None)
             reasons[name] = reason
     shown = {name: new[name] for name in space if name in new}
     changed_names = frozenset(name for name in space if name not in new or _differ(space[name], new[name]))
     return Refinement(space=shown, reasons={name: reasons[name] for name in space}, changed=changed_names)
+
+
+def _judged(name: str, dimension: Dimension, judged: Judged, space: Space) -> tuple[Dimension, str]:
+    """Its next values, whatever becomes of the others, and why."""
+    if isinstance(dimension, Choice):
+        return _choice(name, dimension, judged, space)
+    return _range(name, dimension, judged, space)
 
 
 def _differ(old: Dimension, new: Dimension) -> bool:
@@ -274,9 +281,13 @@ def _conditions(dimension: Dimension, new: Space) -> tuple[Dimension | None, str
     for parent, values in dimension.when.items():
         kept = tuple(v for v in values if parent in new and new[parent].contains(v))
         if not kept:
-            return None, f"{parent} = {', '.join(map(encode, values))}"
+            return None, f"{parent} = {_either(values)}"
         when[parent] = kept
     return dataclasses.replace(dimension, when=when), ""
+
+
+def _either(values: Sequence[Any]) -> str:
+    return ", ".join(map(encode, values))
 
 
 def _with_default(name: str, dimension: Dimension, best: Trial | None) -> Dimension:

@@ -29,7 +29,7 @@ class Rule:
 DECISIONS = (
     "types", "seeding", "hparams", "space", "grids", "recipe", "recipe_sections", "recipe_checks",
     "overrides", "samplers", "schedulers", "record", "bodies", "head", "steered", "report", "points",
-    "evidence", "refine",
+    "evidence", "refine", "needs",
 )  # fmt: skip
 TENSORS = (
     "task", "tasks", "models", "data", "optim", "lr_schedules", "metrics", "population", "trainers",

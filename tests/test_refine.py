@@ -296,6 +296,14 @@ def test_conditions_follow_what_is_dropped() -> None:
     assert spaces.check_space(found.space) == []
 
 
+def test_what_only_a_dropped_option_reads_is_left_out_without_a_condition_too() -> None:
+    space: Space = {"momentum": Float(0.0, 0.9), "beta1": Float(0.8, 0.99), **OPTIONS}
+    found = refine(space, search(space, without_sgd, trials=80), ACCURACY)
+    assert set(found.space) == {"beta1", "optimizer", "lr"}
+    assert found.reasons["momentum"] == 'left out: it needs optimizer = "sgd", which is searched no more'
+    assert "momentum" in found.changed
+
+
 def test_the_next_search_begins_at_the_best_trial() -> None:
     trials = search(OPTIONS, without_sgd)
     found = refine(OPTIONS, trials, ACCURACY)
@@ -430,24 +438,32 @@ def test_with_run_it_is_searched_and_the_same_command_goes_on(searched: Path) ->
         assert len(record.events) >= count
 
 
-def by_hand(path: Path, sampler: str = "random", kind: str = "classification", trials: int = 0) -> Path:
+def recorded(path: Path, points: Sequence[tuple[dict[str, Any], float]], **sections: Any) -> Path:
+    """A run whose record has complete trials at these points, with these scores."""
     path.mkdir()
     with Record(path / "run.db") as record:
-        raw = {"name": "made", "seed": 0, "hparams": {}, "search": {"sampler": sampler},
-               "task": {"kind": kind, "model": "mlp", "data": "digits"},
-               "space": {"width": {"choice": [8, 16, 32]}}}  # fmt: skip
+        raw = {"name": "made", "seed": 0, "hparams": {}, "search": {"sampler": "random", "trials": 40},
+               "task": {"kind": "classification", "model": "mlp", "data": "digits"}, **sections}  # fmt: skip
         objective = {"metric": "valid/accuracy", "direction": "maximize"}
         record.append(Event(kind="run", body={"format": 1, "recipe": raw, "objective": objective}))
-        for number in range(trials):
-            score = 0.9 - 0.5 * (number % 3 == 0) + 0.001 * number
-            width = (8, 16, 32)[number % 3]
+        for number, (point, score) in enumerate(points):
             report = Report(trial=number, epoch=1, metrics={"valid/accuracy": score}, seconds=0.1)
             record.append(
-                trial_event(number, 0, {"width": width}, ""),
+                trial_event(number, 0, point, ""),
                 report_event(report),
                 finish_event(number, TrialState.COMPLETE, "", kept_epoch=1),
             )
     return path
+
+
+def by_hand(path: Path, sampler: str = "random", kind: str = "classification", trials: int = 0) -> Path:
+    points = [({"width": (8, 16, 32)[n % 3]}, 0.9 - 0.5 * (n % 3 == 0) + 0.001 * n) for n in range(trials)]
+    return recorded(
+        path, points,
+        search={"sampler": sampler},
+        task={"kind": kind, "model": "mlp", "data": "digits"},
+        space={"width": {"choice": [8, 16, 32]}},
+    )  # fmt: skip
 
 
 def test_what_the_command_cannot_do_is_said(tmp_path: Path) -> None:
@@ -464,3 +480,16 @@ def test_what_the_command_cannot_do_is_said(tmp_path: Path) -> None:
     assert "width = { choice = [16, 32], default = 32 }" in target.read_text()
     done = CliRunner().invoke(app, ["refine", str(tmp_path / "nothing")])
     assert "is not a run directory" in str(done.exception)
+
+
+def test_its_recipe_is_one_that_hpt_takes_where_an_option_is_dropped(tmp_path: Path) -> None:
+    """sgd's momentum, recorded of the run, is left out where sgd is."""
+    run, target = tmp_path / "run", tmp_path / "refined.toml"
+    points = [({"optimizer": ("sgd", "adam")[n % 2]}, 0.5 + 0.4 * (n % 2) + 0.001 * n) for n in range(40)]
+    fixed = {"hidden_sizes": [8], "momentum": 0.8, "nesterov": False, "beta1": 0.8}
+    recorded(run, points, hparams=fixed, space={"optimizer": {"choice": ["sgd", "adam"]}})
+    done = CliRunner().invoke(app, ["refine", str(run), "--out", str(target)])
+    assert recipes.load(target).space["optimizer"].options == ("adam",), done.stdout  # type: ignore[union-attr]
+    checked = CliRunner().invoke(app, ["validate", str(target)])
+    assert checked.exit_code == 0, checked.output
+    assert recipes.load(target).hparams == {"hidden_sizes": [8], "beta1": 0.8}

@@ -102,6 +102,27 @@ def test_replay_of_what_has_no_best(tmp_path: Path, digits_task: Task) -> None:
         replay(tmp_path / "run", digits_task)
 
 
+def test_what_only_another_optimizer_reads_is_left_out(tmp_path: Path, digits_task: Task) -> None:
+    """A run that searches the optimizer records sgd's momentum, and adam may be the best."""
+    point = {"optimizer": "adam"}
+    raw = {
+        **LOOP,
+        "scheduler": {},
+        "space": {"optimizer": {"choice": ["sgd", "adam"]}, "lr": {"float": [1e-9, 1e-8]}},
+        "hparams": {"hidden_sizes": [8], "batch_size": 256, "momentum": 0.5},
+        "search": {"trials": 2, "start_with_defaults": False, "points": [point, point]},
+        "trainer": {**LOOP["trainer"], "epochs": 1},
+    }
+    _run(raw, digits_task, tmp_path / "run")
+    assert len(replay(tmp_path / "run", digits_task, seeds=1).scores) == 1
+    (folder,) = (tmp_path / "run/replays").iterdir()
+    with record_of(folder) as record:
+        hparams = record.of_kind("run")[0].body["recipe"]["hparams"]
+    assert hparams["optimizer"] == "adam"
+    assert "beta1" in hparams
+    assert not {"momentum", "nesterov"} & set(hparams)
+
+
 def _replay(score: float, scores: list[float], objective: Objective = HIGHER) -> Replay:
     return Replay(objective=objective, score=score, holdout=None, scores=scores, holdouts=[], failed=0)
 

@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from hpt_torch.needs import still_read
 from hpt_torch.report.summary import Summary
 from hpt_torch.schedulers.lineage import Stretch, lineage
 from hpt_torch.space import thaw
@@ -34,7 +35,7 @@ def schedule_csv(summary: Summary) -> str:
 
 def schedule_recipe(recipe: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
     """The run's recipe with nothing left to search: one trial with the best one's hyperparameters, which
-    change as they did on the way to it."""
+    change as they did on the way to it. What is read only under other options is not in it."""
     first, *later = best_schedule(summary)
     changes, now = [], dict(first.hparams)
     for stretch in later:
@@ -44,9 +45,10 @@ def schedule_recipe(recipe: Mapping[str, Any], summary: Summary) -> dict[str, An
             changes.append({"after": stretch.after, **{name: thaw(value) for name, value in new.items()}})
     raw = {name: copy.deepcopy(section) for name, section in recipe.items() if name != "search"}
     raw["trainer"] = {n: value for n, value in raw.get("trainer", {}).items() if n != "devices"}  # one trial
+    hparams = {**raw["hparams"], **{name: thaw(value) for name, value in first.hparams.items()}}
     return raw | {
         "name": f"{recipe['name'][:55]}-schedule",
-        "hparams": {**raw["hparams"], **{name: thaw(value) for name, value in first.hparams.items()}},
+        "hparams": still_read(hparams, recipe["space"]),
         "space": {},
         "scheduler": {"kind": "schedule", "changes": changes} if changes else {},
     }

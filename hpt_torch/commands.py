@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,7 +231,22 @@ def _notes(recipe: Mapping[str, Any], summary: Summary, found: Refinement) -> li
             "Every point of the refined grid was tried already: search ranges (float, int) with "
             "search.sampler = tpe to look between them."
         )
+    points = recipe["search"].get("points", [])
+    outside = len(points) - len(_inside(points, found))
+    if outside and found.changed:
+        lie = "1 lies" if outside == 1 else f"{outside} lie"
+        notes.append(
+            f"Of the {len(points)} search.points {lie} outside of the refined space: its recipe leaves "
+            f"{'it' if outside == 1 else 'them'} out."
+        )
     return notes
+
+
+def _inside(points: Sequence[Mapping[str, Any]], found: Refinement) -> list[Mapping[str, Any]]:
+    """The points that the refined space has."""
+    from hpt_torch.points import check_points
+
+    return [point for point in points if not check_points([point], found.space)]
 
 
 def _recipe(recipe: Mapping[str, Any], name: str, found: Refinement) -> str:
@@ -246,7 +261,8 @@ def _recipe(recipe: Mapping[str, Any], name: str, found: Refinement) -> str:
         return parent in found.space and found.space[parent].contains(value)
 
     hparams = still_read(recipe["hparams"], recipe["space"], possible)
-    given = Recipe.model_validate({**recipe, "name": name, "hparams": hparams, "space": {}})
+    search = {**recipe["search"], "points": _inside(recipe["search"].get("points", []), found)}
+    given = Recipe.model_validate({**recipe, "name": name, "hparams": hparams, "search": search, "space": {}})
     raw = given.model_dump(exclude_defaults=True, exclude_none=True)
     raw = {"name": name, "task": {}, **raw}
     raw["task"] = {**{key: recipe["task"][key] for key in ("kind", "model", "data")}, **raw["task"]}

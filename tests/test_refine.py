@@ -493,3 +493,23 @@ def test_its_recipe_is_one_that_hpt_takes_where_an_option_is_dropped(tmp_path: P
     checked = CliRunner().invoke(app, ["validate", str(target)])
     assert checked.exit_code == 0, checked.output
     assert recipes.load(target).hparams == {"hidden_sizes": [8], "beta1": 0.8}
+
+
+def test_points_outside_of_the_next_space_are_not_in_its_recipe(tmp_path: Path) -> None:
+    run, target = tmp_path / "run", tmp_path / "refined.toml"
+    points = [({"optimizer": ("sgd", "adam")[n % 2]}, 0.5 + 0.4 * (n % 2) + 0.001 * n) for n in range(40)]
+    brought = [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"optimizer": "sgd"}]
+    recorded(
+        run, points,
+        hparams={"hidden_sizes": [8]},
+        search={"sampler": "random", "trials": 40, "points": brought},
+        space={"optimizer": {"choice": ["sgd", "adam"]}},
+    )  # fmt: skip
+    done = CliRunner().invoke(app, ["refine", str(run), "--out", str(target)])
+    assert (
+        "Of the 3 search.points 2 lie outside of the refined space: its recipe leaves them out."
+        in " ".join(done.stdout.split())
+    )
+    assert CliRunner().invoke(app, ["validate", str(target)]).exit_code == 0
+    assert recipes.load(target).search.points == [{"optimizer": "adam"}]
+    assert spaces.defaults(recipes.load(target).space) == {"optimizer": "adam"}  # the best: trial 0

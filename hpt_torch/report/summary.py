@@ -59,14 +59,21 @@ class Summary:
 
     @property
     def holdout_bounds(self) -> tuple[float, float] | None:
-        """95 % interval of the objective's hold-out figure: Wilson's for a share of rows, which holds near 0
-        and 1 as well, else the bootstrap's, where one is recorded."""
-        metric = self.objective.metric.removeprefix("valid/")
-        value = self.holdout.get(f"holdout/{metric}")
-        if value is not None and metric in SHARES and 0 <= value <= 1 and self.holdout_rows:
-            return wilson(value, self.holdout_rows)
-        low, high = self.holdout_interval.get(f"holdout/{metric}", (None, None))
-        return None if low is None or high is None else (low, high)
+        """95 % interval of the objective's hold-out figure."""
+        return self.all_holdout_bounds.get(f"holdout/{self.objective.metric.removeprefix('valid/')}")
+
+    @property
+    def all_holdout_bounds(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals of the hold-out figures: Wilson's for a share of rows, which holds near 0 and 1 as
+        well, else the bootstrap's, where one is recorded."""
+        found = {}
+        for name, value in self.holdout.items():
+            low, high = self.holdout_interval.get(name, (None, None))
+            if name.removeprefix("holdout/") in SHARES and 0 <= value <= 1 and self.holdout_rows:
+                low, high = wilson(value, self.holdout_rows)
+            if low is not None and high is not None:
+                found[name] = (low, high)
+        return found
 
     @functools.cached_property
     def ranked(self) -> list[Trial]:
@@ -162,7 +169,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         },
         "holdout": {
             "metrics": dict(summary.holdout),
-            "interval": {name: list(bounds) for name, bounds in summary.holdout_interval.items()},
+            "interval": {name: list(bounds) for name, bounds in summary.all_holdout_bounds.items()},
             "refit": dict(summary.holdout_refit),
             "rows": summary.holdout_rows,
             "reads": summary.holdout_reads,

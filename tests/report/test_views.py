@@ -1,0 +1,48 @@
+"""What the views of a run say alike: text, markdown, JSON and the Python API."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_page import Run
+from typer.testing import CliRunner
+
+from hpt_torch.cli import app
+from hpt_torch.record import Event
+from hpt_torch.report import summarise
+
+SPACE = {"lr": {"float": [1e-4, 1e-1], "log": True}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run", SPACE)
+
+
+def report(path: Path, *options: str) -> str:
+    done = CliRunner().invoke(app, ["report", str(path), *options], catch_exceptions=False)
+    return " ".join(done.stdout.split())
+
+
+def test_the_interval_of_the_holdout_figure_is_the_same_everywhere(run: Run) -> None:
+    """Wilson's for a share of rows, whatever the bootstrap has; the bootstrap's for what is no share."""
+    run.trial(0, [0.9], lr=0.01)
+    run.end(0)
+    run.best_file()
+    body: dict[str, Any] = {
+        "trial": 0,
+        "metrics": {"holdout/accuracy": 0.9, "holdout/loss": 0.3},
+        "rows": 100,
+    }
+    bootstrap = {"holdout/accuracy": [0.7, 0.71], "holdout/loss": [0.2, 0.4]}
+    run.record.append(Event(kind="holdout", body=body | {"interval": bootstrap}))
+    told = json.loads(report(run.path, "--json"))["holdout"]["interval"]
+    low, high = told["holdout/accuracy"]
+    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert (low, high) == summarise(run.record).holdout_bounds
+    assert f"95 % interval {low:.4f} to {high:.4f}" in report(run.path)
+    assert f"({low:.4f} to {high:.4f})" in report(run.path, "--format", "md")
+    assert told["holdout/loss"] == [0.2, 0.4]

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hpt_torch.report.findings import failures
 from hpt_torch.report.summary import Summary
 from hpt_torch.report.svg import number
 from hpt_torch.space import thaw
@@ -48,15 +49,11 @@ def render(summary: Summary, width: int = 100) -> RenderableType:
     if summary.second is not None and summary.pareto:
         title = f"Pareto set of {summary.objective.metric} and {summary.second.metric}"
         parts.append(_table(summary, list(summary.pareto), width, title))
-    failed = [t for t in summary.trials if t.reason]
-    if failed:
-        parts.append(
-            Text(
-                f"{len(failed)} trials ended badly; the first, trial {failed[0].number}: "
-                f"{failed[0].reason.strip().splitlines()[-1]}",
-                style="yellow",
-            )
-        )
+    if kinds := failures(summary):
+        count = sum(len(kind.trials) for kind in kinds)
+        first = min(kinds, key=lambda kind: kind.trials[0])
+        text = f"{count} trial{'' if count == 1 else 's'} ended badly; the first, trial {first.trials[0]}: "
+        parts.append(Text(text + first.line, style="yellow"))
     return Group(*parts)
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from hpt_torch.cli import app
 from hpt_torch.record import Event
 from hpt_torch.report import summarise
+from hpt_torch.types import TrialState
 
 SPACE = {"lr": {"float": [1e-4, 1e-1], "log": True}}
 
@@ -46,3 +47,17 @@ def test_the_interval_of_the_holdout_figure_is_the_same_everywhere(run: Run) -> 
     assert f"95 % interval {low:.4f} to {high:.4f}" in report(run.path)
     assert f"({low:.4f} to {high:.4f})" in report(run.path, "--format", "md")
     assert told["holdout/loss"] == [0.2, 0.4]
+
+
+def test_only_what_failed_or_was_infeasible_ended_badly(run: Run) -> None:
+    """A pruned trial has a reason too, and nothing is wrong with it."""
+    for number in range(4):
+        run.trial(number, [0.9], lr=0.01)
+    run.end(0)
+    run.best_file()
+    run.end(1, TrialState.PRUNED, "below the median")
+    assert "ended badly" not in report(run.path)
+    run.end(2, TrialState.FAILED, "Traceback:\nValueError: loss is nan")
+    assert "1 trial ended badly; the first, trial 2: ValueError: loss is nan" in report(run.path)
+    run.end(3, TrialState.INFEASIBLE, "kernel larger than input")
+    assert "2 trials ended badly; the first, trial 2: ValueError: loss is nan" in report(run.path)

@@ -121,7 +121,9 @@ def run(
     console = Console()
     print_report(result.summary, console)
     print_findings(of_run(path, result.summary), console)
-    console.print(f"\nBest model   {path / 'best'}", highlight=False)
+    console.print()
+    if (path / "best").is_dir():
+        console.print(f"Best model   {path / 'best'}", highlight=False)
     console.print(f"All trials   {path / 'trials.csv'}", highlight=False)
     if checked.recipe.run.tensorboard:
         console.print(f"Curves       tensorboard --logdir {path / 'tensorboard'}", highlight=False)

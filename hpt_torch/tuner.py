@@ -363,13 +363,14 @@ class Tuner:
     # -- ends ------------------------------------------------------------------------------------------
 
     def _pause(self) -> None:
-        """The time budget is used: what is not finished waits for a larger one."""
+        """The time budget is used: what is not finished waits for a larger one. Recorded also where there is
+        nothing yet, as the record would not tell the time."""
         left = [
             t.number
             for t in self.record.in_order()
             if not t.state.is_finished and t.state != TrialState.PAUSED
         ]
-        if left:
+        if left or not self.record.trials:
             self.commit(pause_event(left))
         self.say("search.timeout is used up; go on with a larger one, e.g. search.timeout=2h")
 

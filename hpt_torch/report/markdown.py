@@ -28,7 +28,7 @@ def markdown(summary: Summary) -> str:
     ]
     best = summary.best
     if best is None:
-        return "\n".join([*lines, "No trial is complete yet.", *_failed(summary)]) + "\n"
+        return "\n".join([*lines, summary.without_best, *_failed(summary)]) + "\n"
     answer = [f"**Best: trial {best.number}**, {plain(summary.objective.metric)} = {_score(summary, best)}"]
     held = summary.holdout.get(f"holdout/{metric}")
     if held is not None:

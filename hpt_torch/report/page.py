@@ -100,7 +100,7 @@ def _answer(view: View) -> str:
     metric = summary.objective.metric.removeprefix("valid/")
     cards = []
     if best is None:
-        cards.append(_card(f"Best {metric}", "–", "No trial is complete yet."))
+        cards.append(_card(f"Best {metric}", "–", escape(summary.without_best)))
     else:
         train = best.metrics.get(f"train/{metric}")
         parts = [f"{_link(best.number)}, {best.epoch} epochs"]

@@ -41,6 +41,7 @@ class Summary:
     sessions: int
     planned: int | None  # trials the recipe asks for; None: until the time is used up
     environment: Mapping[str, Any]
+    timed_out: bool = False  # search.timeout is used up
     second: Objective | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -56,6 +57,12 @@ class Summary:
         """The trials that no other one beats in both objectives, best in the first one first; none where
         there is one objective."""
         return () if self.second is None else front(self.trials, self.objective, self.second)
+
+    @property
+    def without_best(self) -> str:
+        """What to say where there is no best trial."""
+        why = ": search.timeout is used up. Go on with a larger one, e.g. search.timeout=2h" * self.timed_out
+        return f"No trial is complete yet{why}."
 
     @property
     def holdout_bounds(self) -> tuple[float, float] | None:
@@ -142,6 +149,7 @@ def summarise(record: Record) -> Summary:
         sessions=len(sessions),
         planned=_planned(record),
         environment=sessions[-1].body if sessions else {},
+        timed_out=_timed_out(record),
         second=Objective(**begun.body["second"]) if "second" in begun.body else None,
     )
 
@@ -150,6 +158,12 @@ def _planned(record: Record) -> int | None:
     session, asked = record.last("session"), steered(record)
     trials: int | None = session.body["budget"]["trials"] if session is not None else None
     return None if trials is None else trials + asked.trials + len(asked.points)
+
+
+def _timed_out(record: Record) -> bool:
+    session = record.last("session")
+    limit: float | None = session.body["budget"].get("timeout") if session is not None else None
+    return limit is not None and record.seconds_used() >= limit + steered(record).seconds
 
 
 def as_dict(summary: Summary) -> dict[str, Any]:

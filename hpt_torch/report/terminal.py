@@ -62,7 +62,7 @@ def _answer(summary: Summary) -> list[Text]:
     lines = [Text(f"{summary.name}: {states or 'no trials yet'} in {show_seconds(summary.seconds)}")]
     best = summary.best
     if best is None:
-        lines.append(Text("No trial is complete yet.", style="yellow"))
+        lines.append(Text(summary.without_best, style="yellow"))
         return lines
     metric = summary.objective.metric
     score = summary.objective.score(best)

@@ -61,3 +61,21 @@ def test_only_what_failed_or_was_infeasible_ended_badly(run: Run) -> None:
     assert "1 trial ended badly; the first, trial 2: ValueError: loss is nan" in report(run.path)
     run.end(3, TrialState.INFEASIBLE, "kernel larger than input")
     assert "2 trials ended badly; the first, trial 2: ValueError: loss is nan" in report(run.path)
+
+
+@pytest.mark.slow
+def test_that_the_time_was_used_up_is_told_where_no_trial_is_complete(tmp_path: Path) -> None:
+    """And no model is named where there is none."""
+    recipe, run = tmp_path / "short.toml", tmp_path / "run"
+    recipe.write_text(
+        'name = "short"\nexecutor = "inline"\n[task]\nmodel = "linear"\ndata = "iris"\n'
+        '[space]\nlr = { float = [0.01, 0.1] }\n[search]\nsampler = "random"\ntimeout = "0.1s"\n'
+        '[trainer]\nepochs = 1000000\ndevice = "cpu"\n[run]\ntensorboard = false\n'
+    )
+    told = "No trial is complete yet: search.timeout is used up. Go on with a larger one"
+    done = CliRunner().invoke(app, ["run", str(recipe), "--run-dir", str(run), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert told in done.stdout
+    assert "Best model" not in done.stdout
+    assert told in report(run, "--format", "md")
+    assert told in (run / "report.html").read_text(encoding="utf-8")

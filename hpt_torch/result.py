@@ -41,8 +41,8 @@ class Result:
     """
 
     def __init__(self, path: str | Path, task: Task | None = None) -> None:
-        self.path = Path(path)
-        self._task = task
+        self.path = Path(path).absolute()  # which a later os.chdir does not move
+        self._shown, self._task = str(path), task
         with Record(self.path / "run.db", readonly=True) as record:
             self.summary: Summary = summarise(record)
             write_exports(record, self.summary, self.path)
@@ -62,7 +62,7 @@ class Result:
             states = ", ".join(f"{count} {state}" for state, count in self.summary.states.items())
             reason = next((t.reason for t in self.trials if t.reason), "")
             raise RunError(
-                f"no trial of {self.path} is complete ({states or 'none was planned'}). {reason}".strip()
+                f"no trial of {self._shown} is complete ({states or 'none was planned'}). {reason}".strip()
             )
         return self.summary.best
 
@@ -109,7 +109,7 @@ class Result:
         with Record(self.path / "run.db", readonly=True) as record:
             file = weights_of(record, best)
         if file is None:
-            raise RunError(f"{self.path} has no model yet: its best trial is trained again at the end")
+            raise RunError(f"{self._shown} has no model yet: its best trial is trained again at the end")
         weights, _ = checkpoint.load(self.path / "checkpoints" / file.name, file.sha256)
         hparams = {name: freeze(value) for name, value in self.hparams().items()}  # as in training: tuples
         model = base.build(self._task, hparams, best.number, self._seed, plain=True)
@@ -138,14 +138,14 @@ class Result:
         states = ", ".join(f"{count} {state.lower()}" for state, count in self.summary.states.items())
         if self.summary.best is None:
             reason = next((f"; {t.reason.strip().splitlines()[-1]}" for t in self.trials if t.reason), "")
-            return f"Result({str(self.path)!r}: {states or 'no trials'}{reason})"
+            return f"Result({self._shown!r}: {states or 'no trials'}{reason})"
         best = self.best
         score = self.objective.score(best)
         searched = ", ".join(f"{name}={show_value(value)}" for name, value in best.hparams.items())
         return (
-            f"Result({str(self.path)!r}: {states}; best is trial {best.number} with "
+            f"Result({self._shown!r}: {states}; best is trial {best.number} with "
             f"{self.objective.metric}={score:.4f} at {searched or 'the fixed hyperparameters'})"
         )
 
     def _repr_html_(self) -> str:
-        return result_card(self.summary, self.path)
+        return result_card(self.summary, Path(self._shown))

@@ -85,6 +85,19 @@ def test_best_model_gives_the_reported_figure(data: hpt.Data, tmp_path: Path) ->
     plain.load_state_dict(weights)
 
 
+def test_a_result_is_found_from_another_folder(
+    data: hpt.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a notebook changes its working directory; it is shown as it was named."""
+    monkeypatch.chdir(tmp_path)
+    result = _tune(data, Path("run"), trials=1, epochs=1, tensorboard=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert isinstance(result.best_model(), Net)
+    assert result.path == tmp_path / "run"
+    assert repr(result).startswith("Result('run': 1 complete")
+
+
 def test_study_is_a_view_for_optuna(data: hpt.Data, tmp_path: Path) -> None:
     result = _tune(data, tmp_path / "run")
     study = result.study
@@ -106,7 +119,7 @@ def test_the_same_call_continues_and_a_changed_one_is_another_run(
         )
 
     first = call()
-    assert first.path.parent == Path("runs")
+    assert first.path.parent == tmp_path / "runs"
     assert call().path == first.path
     assert call().summary.sessions == 3
     others = {call(seed=1).path, call(hparams={"batch_size": 8}).path}

@@ -94,8 +94,9 @@ def _too_few(name: str, dimension: Dimension, judged: Judged) -> str:
     having, _ = placed(judged, {name: dimension})
     good = [trial for trial in judged.good if trial in having]
     if len(having) < FEWEST_TRIALS:
-        count = "no trial says" if not having else "1 trial says" if len(having) == 1 else (
-            f"{len(having)} trials say")  # fmt: skip
+        if not having:
+            return f"left: no trial says anything about it, and {FEWEST_TRIALS} are needed"
+        count = "1 trial says" if len(having) == 1 else f"{len(having)} trials say"
         return f"left: only {count} something about it, and {FEWEST_TRIALS} are needed"
     if len(good) < FEWEST_GOOD:
         return f"left: only {len(good)} of the best trials have it, and {FEWEST_GOOD} are needed"

@@ -325,8 +325,12 @@ def test_a_default_that_no_longer_fits_is_dropped() -> None:
 def test_few_trials_change_nothing_and_it_says_so(count: int) -> None:
     found = refine(OPTIONS, search(OPTIONS, without_sgd, trials=count, noise=0), ACCURACY)
     assert found.changed == frozenset()
-    said = {0: "no trial says", 1: "1 trial says", 19: "19 trials say"}[count]
-    assert set(found.reasons.values()) == {f"left: only {said} something about it, and 20 are needed"}
+    said = {
+        0: "no trial says anything",
+        1: "only 1 trial says something",
+        19: "only 19 trials say something",
+    }[count]
+    assert set(found.reasons.values()) == {f"left: {said} about it, and 20 are needed"}
 
 
 def test_trials_that_changed_on_the_way_are_refused() -> None:

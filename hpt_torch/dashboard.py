@@ -49,7 +49,7 @@ def _application(run_dir: Path) -> Callable[..., Any]:
     from hpt_torch.samplers import make_study
 
     with Record(run_dir / "run.db", readonly=True) as record:
-        summary = summarise(record)
+        summary = summarise(record).as_searched
         when = {
             trial.number: (
                 record.reported_at(trial.number, trial.reports[0].epoch) - trial.reports[0].seconds,

@@ -89,8 +89,11 @@ class Result:
     @property
     def study(self) -> Any:
         """The trials as an in-memory Optuna study, for optuna.visualization and optuna.importance; with two
-        objectives it has both directions."""
-        return make_study(self.summary.space, self.trials, self.objective, self.summary.second)
+        objectives it has both directions. Where a schedule changed hyperparameters on the way, it has the
+        proposed values."""
+        return make_study(
+            self.summary.space, self.summary.as_searched.trials, self.objective, self.summary.second
+        )
 
     @property
     def plot(self) -> Plots:

@@ -36,6 +36,7 @@ def trial_card(trial: Trial) -> str:
 
 def result_card(summary: Summary, path: Path) -> str:
     """The answer first: the best score, what the hold-out rows say, then the best five."""
+    summary = summary.as_searched
     states = ", ".join(f"{count} {state.lower()}" for state, count in summary.states.items()) or "no trials"
     below = f"{states} in {show_seconds(summary.seconds)} · {path}"
     parts = [f'<div style="opacity:.65">{escape(below)}</div>']

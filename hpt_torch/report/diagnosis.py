@@ -39,6 +39,7 @@ def diagnose(summary: Summary, replays: Sequence[float] = ()) -> list[Finding]:
     Where a scheduler changed hyperparameters on the way, trials are no points of the space, and their curves
     are those of copies: only the first kind of check is made.
     """
+    summary = summary.as_searched
     found = [seed_noise(summary, replays), selection(summary)]
     if not any(trial.phases for trial in summary.trials):
         judged = judge(summary.trials, summary.objective)

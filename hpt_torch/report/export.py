@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 def trials_csv(summary: Summary) -> str:
     """One row a trial: number, state, searched hyperparameters, last metrics, epochs, seconds, reason."""
+    summary = summary.as_searched
     hparams = sorted({name for trial in summary.trials for name in trial.hparams})
     metrics = sorted({name for trial in summary.trials for name in trial.metrics})
     text = io.StringIO()

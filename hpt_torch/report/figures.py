@@ -26,7 +26,7 @@ class Plots:
     """Each method gives a plotly Figure, to show, to change (`update_layout`) or to save (`write_html`)."""
 
     def __init__(self, summary: Summary) -> None:
-        self._summary = summary
+        self._summary = summary = summary.as_searched
         self._study = make_study(summary.space, summary.trials, summary.objective)
         self._metric = summary.objective.metric
 

@@ -17,6 +17,7 @@ _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>|~!&$"} | {"@": f"@{_
 
 def markdown(summary: Summary) -> str:
     """The answer, the best few trials, and what failed. Texts of the run are escaped."""
+    summary = summary.as_searched
     metric = summary.objective.metric.removeprefix("valid/")
     states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(summary.states.items()))
     done = "" if findings.is_finished(summary) else " (not finished)"

@@ -30,6 +30,7 @@ _FOLDER = Path(__file__).parent
 
 def page(record: Record, summary: Summary) -> str:
     """The whole page. Equal records give equal pages; every text of the run is escaped."""
+    summary = summary.as_searched
     view = View(summary)
     importance = findings.importance(summary)
     shares = importance.best

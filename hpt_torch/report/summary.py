@@ -15,7 +15,7 @@ from hpt_torch.report.confirmation import Confirmation, chosen, confirmation_of
 from hpt_torch.report.front import front
 from hpt_torch.space import Space, parse_dimension, thaw
 from hpt_torch.steered import steered
-from hpt_torch.types import SIZES, HParams, Objective, RunError, Trial, TrialState
+from hpt_torch.types import SIZES, HParams, Objective, RunError, Trial, TrialState, changed
 
 T = TypeVar("T")
 SHARES = ("accuracy", "top5")  # metrics that count rows: their error is known
@@ -82,6 +82,14 @@ class Summary:
                 found[name] = (low, high)
         return found
 
+    @property
+    def as_searched(self) -> Summary:
+        """The run with the values that were proposed, where a schedule known beforehand has changed a trial's
+        on the way: those lie in the space, and tell trials apart."""
+        if not any(trial.phases for trial in self.trials):
+            return self
+        return self.once("as searched", lambda: _as_searched(self))
+
     @functools.cached_property
     def ranked(self) -> list[Trial]:
         """Completed trials, best first."""
@@ -112,6 +120,19 @@ class Summary:
 
     def full_hparams(self, trial: Trial) -> dict[str, Any]:
         return {**self.fixed, **trial.hparams}
+
+
+def _as_searched(summary: Summary) -> Summary:
+    trials = [_proposed(trial) for trial in summary.trials]
+    best = next((t for t in trials if summary.best is not None and t.number == summary.best.number), None)
+    return dataclasses.replace(summary, trials=trials, best=best)
+
+
+def _proposed(trial: Trial) -> Trial:
+    """A trial that copied nobody has its first values again."""
+    if not trial.phases or any(phase.source not in (None, trial.number) for phase in trial.phases):
+        return trial
+    return changed(trial, hparams=trial.phases[0].hparams)
 
 
 def wilson(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:

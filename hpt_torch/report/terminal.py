@@ -42,6 +42,7 @@ def show_seconds(seconds: float) -> str:
 
 def render(summary: Summary, width: int = 100) -> RenderableType:
     """The answer first: the best trial and its figures, then the top ten, then what went wrong."""
+    summary = summary.as_searched
     parts: list[RenderableType] = [*_answer(summary)]
     if summary.ranked:
         title = f"Top {len(summary.ranked[:TOP])} of {len(summary.ranked)} complete trials"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import QUICK
 from test_page import Run
 from typer.testing import CliRunner
 
 from hpt_torch.cli import app
 from hpt_torch.record import Event
 from hpt_torch.report import summarise
+from hpt_torch.report.figures import Plots
+from hpt_torch.report.terminal import show_value
+from hpt_torch.result import Result
 from hpt_torch.types import TrialState
 
 SPACE = {"lr": {"float": [1e-4, 1e-1], "log": True}}
@@ -79,3 +84,27 @@ def test_that_the_time_was_used_up_is_told_where_no_trial_is_complete(tmp_path: 
     assert "Best model" not in done.stdout
     assert told in report(run, "--format", "md")
     assert told in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_schedule_leaves_the_searched_values_in_sight(
+    run_quick: Callable[..., str], tmp_path: Path
+) -> None:
+    """What all trials change to on the way may lie outside of the space, and tells no trial from another."""
+    path, scheduler = tmp_path / "run", {"kind": "schedule", "changes": [{"after": 1, "lr": 0.5}]}
+    raw = {**QUICK, "space": {"lr": {"float": [0.01, 0.1]}}, "scheduler": scheduler}
+    run_quick(path, raw=raw)
+    result = Result(path)
+    searched = [trial.phases[0].hparams["lr"] for trial in result.trials]
+    assert len(set(searched)) == len(searched)
+    assert [trial.hparams["lr"] for trial in result.trials] == [0.5] * len(searched)
+    assert [trial.params["lr"] for trial in result.study.trials] == searched
+    assert isinstance(result.plot, Plots)  # which has a study of its own
+    best = show_value(searched[result.best.number])
+    table, page = report(path, "--format", "md"), (path / "report.html").read_text(encoding="utf-8")
+    for lr in map(show_value, searched):
+        assert f" {lr} " in table
+        assert f" {lr} " in report(path)
+        assert f"<td>{lr}</td>" in page
+    assert f"lr = {best}" in report(path)
+    assert [row.split(",")[2] for row in result.to_csv().splitlines()[1:]] == [str(lr) for lr in searched]
+    assert result.hparams()["lr"] == 0.5  # what its weights were trained with last

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from hpt_torch import checkpoint
+from hpt_torch.data import Data
+from hpt_torch.data.folds import pooled
 from hpt_torch.record import Record
 from hpt_torch.report import Summary, summarise
 from hpt_torch.report.cards import result_card
-from hpt_torch.report.confirmation import weights_of
+from hpt_torch.report.confirmation import REFIT, weights_of
 from hpt_torch.report.export import trials_csv, write_exports, write_page
 from hpt_torch.report.figures import Plots
 from hpt_torch.report.terminal import show_value
@@ -118,6 +120,18 @@ class Result:
         model = base.build(self._task, hparams, best.number, self._seed, plain=True)
         dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
         return base.load_weights(model.to(dtype), weights, hparams, self._task.buffer_hparams)
+
+    @property
+    def data(self) -> Data:
+        """The data as the best model saw it, with what it was trained on as `train`: after a confirmation or
+        with folds these are the rows of train and valid, standardised together. `prepared` makes new rows of
+        the same kind. Needs the task that `tune` got."""
+        if self._task is None:
+            raise RunError("data needs the task: Result(path, task)")
+        with Record(self.path / "run.db", readonly=True) as record:
+            file = weights_of(record, self.best)
+        refitted = file is not None and file.key == REFIT
+        return pooled(self._task.data()) if refitted else self._task.data()
 
     def replay(self, seeds: int = 5, *, progress: bool = True) -> Replay:
         """Trains the best trial again from scratch, on its schedule, with `seeds` other seeds, and says

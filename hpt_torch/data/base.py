@@ -188,6 +188,8 @@ class Data:
     std: Tensor | None = None  # (C, 1, 1)
     classes: tuple[str, ...] = ()  # their names, for display; for text, the characters
     columns: tuple[Column, ...] = ()  # of a table, as they were read: ``print(*data.columns, sep="\n")``
+    shift: Tensor | None = None  # of the shape of a row: `inputs` are (what was given - shift) / scale
+    scale: Tensor | None = None
     # What folds need to know. Which features were standardised, on the rows of train; whether the rows of
     # train lie in time before those of valid; (train + valid rows,), rows that must stay together.
     standardised: bool | tuple[bool, ...] = False
@@ -221,6 +223,17 @@ class Data:
             valid=self.valid.to(device, dtype, scale=scale),
             holdout=holdout,
         )
+
+    def prepared(self, inputs: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """New rows (N, *shape), in the units of those that the data set was made of, as its models read them:
+        standardised as the rows of train were, uint8 pixels as normalised reals. (Steps of padding are the
+        caller's to set to 0.)"""
+        rows = torch.as_tensor(inputs)
+        if self.mean is not None and self.std is not None and not rows.is_floating_point():
+            return normalised(rows, self.mean, self.std, rows.device, dtype)
+        if self.shift is not None and self.scale is not None:
+            rows = (rows.double() - self.shift.to(rows.device)) / self.scale.to(rows.device)
+        return rows.to(dtype) if rows.is_floating_point() else rows
 
     def fingerprint(self) -> str:
         """SHA-256 over every tensor, so that a run is not continued on other data.

@@ -122,8 +122,11 @@ def _prepared(data: Data, pool: dict[str, Tensor], train: Tensor, valid: Tensor)
     }
     if isinstance(data.holdout, Rows):
         parts["holdout"] = dict(data.holdout.tensors)
+    shift, scale = data.shift, data.scale
     if data.standardised is not False:
-        standardised(parts, data.standardised)
+        mine, own = standardised(parts, data.standardised)
+        if shift is not None and scale is not None:
+            shift, scale = shift + scale * mine, scale * own
         for tensors in parts.values():
             tensors["inputs"] = tensors["inputs"].float()
     mean, std = data.mean, data.std
@@ -136,5 +139,7 @@ def _prepared(data: Data, pool: dict[str, Tensor], train: Tensor, valid: Tensor)
         holdout=Rows(parts["holdout"]) if "holdout" in parts else data.holdout,
         mean=mean,
         std=std,
+        shift=shift,
+        scale=scale,
         groups=None,
     )

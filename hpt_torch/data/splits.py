@@ -121,8 +121,7 @@ def split(
         parts[part] = _taken(pool, chosen)
         where[part] = np.sort(chosen)
     parts["train"], where["train"] = _taken(pool, rest), np.sort(rest)
-    if standardise is not False:
-        standardised(parts, standardise)
+    shift, scale = standardised(parts, standardise) if standardise is not False else (None, None)
     for tensors in parts.values():
         if tensors["inputs"].is_floating_point():
             tensors["inputs"] = tensors["inputs"].float()
@@ -137,6 +136,8 @@ def split(
         name=name,
         classes=tuple(classes),
         standardised=standardise if isinstance(standardise, bool) else tuple(standardise),
+        shift=shift,
+        scale=scale,
         ordered=ordered,
         groups=together,
     )
@@ -300,8 +301,11 @@ def _checked_lengths(lengths: Tensor, x: Tensor, part: str) -> Tensor:
     return lengths
 
 
-def standardised(parts: Mapping[str, dict[str, Tensor]], chosen: bool | Sequence[bool]) -> None:
-    """Standardises the inputs of all parts on the rows of "train", as `split` says; in float64."""
+def standardised(
+    parts: Mapping[str, dict[str, Tensor]], chosen: bool | Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Standardises the inputs of all parts on the rows of "train", as `split` says, in float64; what was
+    subtracted, and what they were divided by after that, each of the shape of a row (or of a step)."""
     train = parts["train"]
     seen = train["inputs"].double()
     if seen.dim() == 3:
@@ -324,6 +328,7 @@ def standardised(parts: Mapping[str, dict[str, Tensor]], chosen: bool | Sequence
         x = (tensors["inputs"].double() - mean) / std
         steps = _steps(tensors) if x.dim() == 3 else None
         tensors["inputs"] = x if steps is None else x * steps.unsqueeze(-1)
+    return mean, std
 
 
 def _steps(tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -90,7 +90,7 @@ def run(
         from hpt_torch.observers.json_lines import JsonLinesObserver, own_stdout
 
         observers = [JsonLinesObserver(own_stdout())]  # first: building the task may print, too
-    checked = _checked(recipe, overrides or [], allow_import or [])
+    checked = _checked(recipe, overrides or [], allow_import or [], run_dir)
     from hpt_torch import baselines, session
     from hpt_torch.observers.progress import ProgressObserver
     from hpt_torch.observers.tensorboard import TensorBoardObserver
@@ -304,8 +304,11 @@ def list_command(
     console.print(table if rows else f"No runs in {runs} yet.")
 
 
-def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checked:
-    """The recipe, loaded and fitted to its task."""
+def _checked(
+    name: str, overrides: list[str], allow_import: list[str], run_dir: Path | None = None
+) -> Checked:
+    """The recipe, loaded and fitted to its task. run_dir: of the run that may go on with it, unless it lies
+    where runs of its name do."""
     from hpt_torch import catalog
     from hpt_torch import recipe as recipes
 
@@ -321,7 +324,8 @@ def _checked(name: str, overrides: list[str], allow_import: list[str]) -> Checke
     except TaskError as error:
         where, _, what = str(error).partition(": ")
         raise RecipeError(str(path), [Problem(where, what)]) from error
-    return session.check(recipe, made, source=str(path))
+    directory = session.run_dir_for(recipe.name) if run_dir is None else run_dir
+    return session.check(recipe, made, source=str(path), run_dir=directory)
 
 
 def _trials(recipe: Recipe) -> str:

@@ -86,6 +86,24 @@ def points_of(run_dir: str, count: int, space: Space) -> tuple[list[dict[str, An
     return found, []
 
 
+def taken_before(
+    run_dir: Path | None, warm: tuple[str, int], own: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]] | None:
+    """The points of the run in this directory, if it began with as many of the same other run before these:
+    what has become of that since makes no difference. None: there is no such run."""
+    if run_dir is None or not (run_dir / "run.db").exists():
+        return None
+    try:
+        with Record(run_dir / "run.db", readonly=True) as record:
+            begun = record.last("run")
+    except HptError:  # who opens it to go on says what is wrong
+        return None
+    if begun is None or begun.body.get("warm_start") != list(warm):
+        return None
+    points: list[dict[str, Any]] = begun.body["recipe"]["search"]["points"]
+    return points if points[len(points) - len(own) :] == list(own) else None
+
+
 def _fits(space: Space, name: str, value: Any) -> bool:
     dimension = space[name]
     try:

@@ -29,7 +29,7 @@ from hpt_torch.hparams import HParamSpec
 from hpt_torch.machine import keep_freed_memory, settings_restored, use_threads
 from hpt_torch.objectives import objective_of
 from hpt_torch.observers import Observer
-from hpt_torch.points import points_of
+from hpt_torch.points import points_of, taken_before
 from hpt_torch.recipe import Recipe
 from hpt_torch.recipe_checks import check_hparams, is_read
 from hpt_torch.record import FORMAT, Event, Record
@@ -65,13 +65,20 @@ class Checked:
     task: Task
     hparams: HParams  # the fixed ones
     objective: Objective
+    warm: tuple[str, int] | None = (
+        None  # the run that the first points came from, and how many were asked for
+    )
 
 
 @settings_restored()
-def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
-    """Fits the recipe to the task. Raises RecipeError with every problem found; writes nothing."""
-    specs = task.hparam_specs()
-    recipe, problems = _warm_started(recipe)
+def check(recipe: Recipe, task: Task, *, source: str, run_dir: Path | None = None) -> Checked:
+    """Fits the recipe to the task. Raises RecipeError with every problem found; writes nothing.
+
+    run_dir: of a run that may have begun with the recipe. What it took from another run it has written down.
+    """
+    specs, search = task.hparam_specs(), recipe.search
+    warm = None if search.warm_start is None else (search.warm_start, search.warm_start_trials)
+    recipe, problems = _warm_started(recipe, run_dir)
     problems += check_hparams(recipe, specs)
     objective, wrong = objective_of(recipe, task)
     problems += wrong
@@ -87,16 +94,20 @@ def check(recipe: Recipe, task: Task, *, source: str) -> Checked:
         for n, value in fixed.items()
         if n not in recipe.space and value is not None and is_read(n, recipe, specs)
     }
-    return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective)
+    return Checked(recipe.model_copy(update={"hparams": filled}), task, fixed, objective, warm)
 
 
-def _warm_started(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
+def _warm_started(recipe: Recipe, run_dir: Path | None) -> tuple[Recipe, list[Problem]]:
     """The recipe with another run's points written out, so that it stands for itself."""
     search = recipe.search
     if search.warm_start is None:
         return recipe, []
-    found, problems = points_of(search.warm_start, search.warm_start_trials, recipe.space)
-    changed = search.model_copy(update={"points": [*found, *search.points], "warm_start": None})
+    warm = search.warm_start, search.warm_start_trials
+    points, problems = taken_before(run_dir, warm, search.points), list[Problem]()
+    if points is None:
+        found, problems = points_of(*warm, recipe.space)
+        points = [*found, *search.points]
+    changed = search.model_copy(update={"points": points, "warm_start": None})
     return recipe.model_copy(update={"search": changed}), problems
 
 
@@ -239,6 +250,7 @@ def identity(checked: Checked) -> dict[str, Any]:
         "objective": dataclasses.asdict(checked.objective),
         **({} if second is None else {"second": dataclasses.asdict(second)}),
         "data": checked.task.data().fingerprint(),
+        **({} if checked.warm is None else {"warm_start": list(checked.warm)}),
         **reach.code_of(checked.task, checked.task.sources()),
     }
 

@@ -66,7 +66,8 @@ def run_quick(digits_task: tasks.Task) -> Callable[..., str]:
 
     def run(path: Path, *overrides: str, raw: dict[str, Any] | None = None, **options: Any) -> str:
         recipe = recipes.build(raw or QUICK, overrides, source="test")
-        session.run(session.check(recipe, options.pop("task", digits_task), source="test"), path, **options)
+        task = options.pop("task", digits_task)
+        session.run(session.check(recipe, task, source="test", run_dir=path), path, **options)
         return canonical_of(path)
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ def test_a_run_starts_with_the_best_of_another(tmp_path: Path, run_quick: RunQui
     recipe = (tmp_path / "new" / "recipe.toml").read_text()
     assert "warm_start =" not in recipe  # it stands for itself: the other run may go
     assert run_quick(tmp_path / "new", *settings) == expected
+    run_quick(tmp_path / "old", "search.trials=20", reopen_holdout=True)
+    assert run_quick(tmp_path / "new", *settings) == expected
+    shutil.rmtree(tmp_path / "old")
+    assert run_quick(tmp_path / "new", *settings) == expected
+    for other in ("search.warm_start_trials=1", "search.points=[{lr = 0.02}]"):
+        with pytest.raises(RecipeError, match="search.warm_start: .*old is not a run directory"):
+            run_quick(tmp_path / "new", *settings, other)
 
 
 def test_what_this_space_has_no_room_for_is_left_open(tmp_path: Path, run_quick: RunQuick) -> None:

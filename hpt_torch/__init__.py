@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         RecipeError,
         Report,
         RunError,
+        TaskError,
         Trial,
         TrialState,
     )
@@ -48,6 +49,7 @@ _HOMES = {
         "RecipeError",
         "Report",
         "RunError",
+        "TaskError",
         "Trial",
         "TrialState",
     ),
@@ -72,6 +74,7 @@ __all__ = [
     "RunError",
     "Stream",
     "Task",
+    "TaskError",
     "Trial",
     "TrialState",
     "split",

@@ -93,7 +93,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if len(data) > MAX_BYTES:
         raise RecipeError(str(path), [Problem("", f"must be at most {MAX_BYTES:,} bytes")])
     try:
-        raw = tomllib.loads(data.decode())
+        raw = tomllib.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), [Problem("", f"must be UTF-8 text: {error}")]) from None
     except RecursionError:

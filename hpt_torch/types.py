@@ -271,7 +271,13 @@ class SpaceError(UserInputError):
 
 
 class TaskError(UserInputError):
-    """A task, model or data set that cannot be used as given."""
+    """A task, model or data set that cannot be used as given.
+
+    >>> import torch, hpt_torch as hpt
+    >>> hpt.split(torch.zeros(10, 3), torch.zeros(9))
+    Traceback (most recent call last):
+    hpt_torch.types.TaskError: inputs and targets must have the same number of rows, got 10 and 9
+    """
 
 
 class InfeasibleError(HptError):

@@ -595,3 +595,9 @@ def _toml_or_nothing(raw: dict[str, Any]) -> bytes:
         return tomli_w.dumps(raw).encode()
     except (TypeError, ValueError):  # lone surrogates
         return b""
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b'name = "marked"\r\n[search]\r\ntrials = 1\r\n')
+    assert load(path).name == "marked"

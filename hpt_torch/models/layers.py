@@ -219,6 +219,11 @@ class BatchNorm(nn.Module):
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             shape = (-1, *[1] * (x.dim() - 2))
             return torch.addcmul((self.bias - self.running_mean * scale).view(shape), x, scale.view(shape))
+        if x.numel() == x.shape[1]:
+            rule = "batch norm needs more than one value a channel in training"
+            raise ValueError(
+                f"{rule}, got {tuple(x.shape)}; use a larger batch_size or fewer accumulation_steps"
+            )
         known = constant(self.batch_norm_momentum)
         if known is not None:
             return F.batch_norm(

@@ -36,6 +36,16 @@ def test_batch_norm_equals_torch(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(mine.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_batch_norm_of_one_value_is_refused_in_training(mapped: bool) -> None:
+    layer, x = BatchNorm(5), torch.randn(1, 5)
+    with pytest.raises(
+        ValueError, match=r"more than one value a channel in training, got \(1, 5\); use a larger"
+    ):
+        torch.func.vmap(layer)(x.unsqueeze(0)) if mapped else layer(x)
+    layer.eval()(x)
+
+
 def test_stateless_dropout_is_a_function_of_key_layer_and_position() -> None:
     layer = make_stateless(nn.Sequential(Dropout(0.3)))[0].train()
     x = torch.ones(1000, 100)

@@ -226,8 +226,10 @@ def regression_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """loss, mse, mae and R² (mean over the D values), equal to scikit-learn's."""
     rows = float(sums["rows"])
     spread_D = sums["target_squared"] - sums["target"].square() / rows
+    # What rounding leaves of targets that are all the same is no spread.
+    varies_D = spread_D > 8 * torch.finfo(torch.float64).eps * sums["target_squared"]
     r2_D = torch.where(
-        spread_D > 0, 1 - sums["squared"] / spread_D.clamp(min=1e-300), (sums["squared"] == 0).double()
+        varies_D, 1 - sums["squared"] / spread_D.clamp(min=1e-300), (sums["squared"] == 0).double()
     )
     return {
         "loss": float(sums["loss"]) / rows,

@@ -249,11 +249,12 @@ def test_r2_of_targets_that_never_vary() -> None:
     assert _fit(predicted, targets, 4)["r2"] == sk.r2_score(targets, predicted) == 0.5
 
 
-@pytest.mark.parametrize("value", [0.1, 1e4 / 3, -7.7e-3])
-@pytest.mark.parametrize("rows", [10, 33, 50])
-def test_r2_of_a_constant_that_is_no_round_number(rows: int, value: float) -> None:
+@pytest.mark.parametrize("value", [0.1, 1e4 / 3, -7.7e-3, 123.456])
+@pytest.mark.parametrize("rows", [7, 10, 33, 50, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_r2_of_a_constant_that_is_no_round_number(rows: int, value: float, dtype: torch.dtype) -> None:
     """Sums of squares leave rounding behind, which must not be taken for a spread and divided by."""
-    targets = torch.full((rows,), value, dtype=torch.float32).double()  # what data sets hold
+    targets = torch.full((rows,), value, dtype=dtype).double()
     predicted = targets + 0.5 * abs(value) * _random(14, rows)
     assert _fit(predicted, targets, 16)["r2"] == 0
 

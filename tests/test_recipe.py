@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import tomli_w
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpt_torch import session
 from hpt_torch.recipe import Recipe, build, differences, load, schema
 from hpt_torch.recipe_sections import parse_duration
 from hpt_torch.space import Choice, Float, Int
+from hpt_torch.tasks import from_names
 from hpt_torch.types import RecipeError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
@@ -601,3 +604,14 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xef\xbb\xbf" + b'name = "marked"\r\n[search]\r\ntrials = 1\r\n')
     assert load(path).name == "marked"
+
+
+def test_the_recipe_of_the_readme_is_one() -> None:
+    (whole,) = [
+        text
+        for text in re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        if text.startswith("name")
+    ]
+    recipe = build(tomllib.loads(whole), source="README.md")
+    task = from_names(**recipe.task.model_dump())
+    assert set(session.check(recipe, task, source="README.md").recipe.space) == set(recipe.space)

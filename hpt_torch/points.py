@@ -78,6 +78,8 @@ def points_of(run_dir: str, count: int, space: Space) -> tuple[list[dict[str, An
     found: list[dict[str, Any]] = []
     for trial in ranked:
         point = {n: thaw(v) for n, v in trial.hparams.items() if n in space and _fits(space, n, v)}
+        full = _completed(point, space)
+        point = {n: v for n, v in point.items() if spaces.is_active(space[n], full)}
         if point and point not in found and len(found) < count:
             found.append(point)
     if not found:

@@ -7,6 +7,7 @@ itself are not looked into.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import hashlib
@@ -14,7 +15,9 @@ import inspect
 import sys
 import sysconfig
 import types
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +27,66 @@ from torch import Tensor, nn
 
 _MOST = 2000  # functions
 _MOST_ITEMS = 1000  # of a container
-_MOST_BYTES = 1 << 20  # of a tensor or an array
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_MOST_BYTES = 1 << 18  # of a tensor or an array
+_CODE = (types.FunctionType, types.MethodType, type, functools.partial)
+_OF_MODULES = frozenset(vars(nn.Module()))
+_INSTALLED = tuple(
+    Path(folder).resolve()
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    if (folder := sysconfig.get_path(name))
+)
 
 
 @functools.cache
 def is_users(module: str | None) -> bool:
     """Whether a module of this name is the user's own."""
     top = (module or "builtins").partition(".")[0]
-    if top in sys.stdlib_module_names and top != "__main__":
+    if top == "hpt_torch" or (top in sys.stdlib_module_names and top != "__main__"):
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None)
-    return top != "hpt_torch" and not (file and str(Path(file).resolve()).startswith(_INSTALLED))
+    if not file:
+        return True
+    path = Path(file).resolve()
+    installed = {"site-packages", "dist-packages"}.intersection(path.parts)
+    return not installed and not any(path.is_relative_to(folder) for folder in _INSTALLED)
 
 
 class Reach:
     """What these roots, classes, functions or instances of either, reach.
 
-    functions, values: in the order in which they are met, under names such as ``train.Net.forward``. stored:
-    the names that some function, other than ``__init__``, gives a new value.
+    functions, values: in the order in which they are met, under names such as ``train.Net.forward``.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.functions: list[tuple[str, types.FunctionType]] = []
         self.values: list[tuple[str, Any]] = []
-        self.stored: set[str] = set()
-        self._seen: set[int] = set()
+        self._stored, self._read = set[str](), set[str]()  # names of attributes and globals
+        self._seen: dict[int, Any] = {}  # keeps them, so that their ids stay theirs
+        self._waiting: deque[tuple[str, Any]] = deque()
+        roots = list(roots)
         for root in roots:
-            label = getattr(root, "__qualname__", type(root).__qualname__)
-            self._visit(label, root)
-            if is_users(type(root).__module__) and not isinstance(
-                root, (type, types.FunctionType, nn.Module)
-            ):
-                for name, value in getattr(root, "__dict__", {}).items():
-                    self._visit(f"{label}.{name}", value)
+            self._waiting.append((getattr(root, "__qualname__", type(root).__qualname__), root))
+            if isinstance(root, nn.Module):
+                own = [v for n, v in vars(root).items() if n not in _OF_MODULES or n.endswith("_hooks")]
+                self._waiting += [(type(root).__qualname__, one) for one in _code_in(own)]
+        self._walk()
+        for root in roots:
+            if is_users(type(root).__module__) and not isinstance(root, (*_CODE, nn.Module)):
+                kept = {n: v for n, v in getattr(root, "__dict__", {}).items() if n in self._read}
+                self._waiting += [(f"{type(root).__qualname__}.{name}", v) for name, v in kept.items()]
+        self._walk()
+
+    def is_settled(self, name: str) -> bool:
+        """Whether no function that is reached gives a new value to what is called so."""
+        return name.rpartition(".")[2] not in self._stored
+
+    def _walk(self) -> None:
+        while self._waiting:
+            label, value = self._waiting.popleft()
+            with contextlib.suppress(
+                Exception
+            ):  # of an object that minds being looked at, such as a dead proxy
+                self._visit(label, value)
 
     def _visit(self, label: str, value: Any) -> None:
         if isinstance(value, types.FunctionType):
@@ -65,21 +94,23 @@ class Reach:
         elif isinstance(value, type):
             self._class(label, value)
         elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
-            self._visit(label, value.__func__)
+            self._waiting.append((label, value.__func__))
         elif isinstance(value, property):
-            for accessor in filter(None, (value.fget, value.fset)):
-                self._visit(label, accessor)
+            self._waiting += [(label, accessor) for accessor in (value.fget, value.fset) if accessor]
         elif isinstance(value, functools.cached_property):
-            self._visit(label, value.func)
+            self._waiting.append((label, value.func))
         elif isinstance(value, functools.partial):
-            self._visit(label, value.func)
-            for name, one in (*enumerate(value.args), *value.keywords.items()):
-                self._visit(f"{label}({name})", one)
-        elif callable(value) and hasattr(value, "__wrapped__"):
-            self._visit(label, value.__wrapped__)
+            self._waiting.append((label, value.func))
+            given = (*enumerate(value.args), *value.keywords.items())
+            self._waiting += [(f"{label}({name})", one) for name, one in given]
+        elif (wrapped := _wrapped(value)) is not None:
+            self._waiting.append((label, wrapped))
         elif not isinstance(value, types.ModuleType):
             self.values.append((label, value))
-            self._visit(type(value).__qualname__, type(value))
+            self._waiting.append((type(value).__qualname__, type(value)))
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                self._waiting += [(label, one) for one in _code_in([value])]
 
     def _class(self, label: str, cls: type) -> None:
         if not is_users(cls.__module__):
@@ -88,12 +119,14 @@ class Reach:
             return
         if id(cls) in self._seen:
             return
-        self._seen.add(id(cls))
+        self._seen[id(cls)] = cls
         for base in cls.__mro__[:-1]:
             for name, value in vars(base).items() if is_users(base.__module__) else ():
-                special = name.startswith("__") and not callable(value)
-                if not special and not isinstance(value, types.MemberDescriptorType):
-                    self._visit(f"{base.__qualname__}.{name}", value)
+                special = name.startswith(("__", "_abc_")) and not callable(value)
+                if not special and not isinstance(
+                    value, (types.MemberDescriptorType, types.GetSetDescriptorType)
+                ):
+                    self._waiting.append((f"{base.__qualname__}.{name}", value))
 
     def _function(self, label: str, function: types.FunctionType) -> None:
         if not is_users(function.__module__):
@@ -101,12 +134,14 @@ class Reach:
             return
         if id(function) in self._seen or len(self.functions) >= _MOST:
             return
-        self._seen.add(id(function))
-        own = f"{function.__module__}.{function.__qualname__}"
+        self._seen[id(function)] = function
+        own, names = f"{function.__module__}.{function.__qualname__}", _names(function.__code__)
         self.functions.append((own, function))
-        names, stored = _names(function.__code__, function.__name__ == "__init__")
-        self.stored |= stored
-        for name in sorted(names & function.__globals__.keys()):
+        if function.__name__ != "__init__":
+            self._read |= names.attributes
+            self._stored |= names.stored_attributes
+        self._stored |= names.stored
+        for name in sorted(names.of_module & function.__globals__.keys()):
             self._named(f"{function.__module__}.{name}", function.__globals__[name], names)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if cell != types.CellType():
@@ -115,32 +150,76 @@ class Reach:
             *enumerate(function.__defaults__ or ()),
             *(function.__kwdefaults__ or {}).items(),
         ):
-            self._visit(f"{own}({place})", value)
+            self._waiting.append((f"{own}({place})", value))
 
-    def _named(self, label: str, value: Any, names: set[str]) -> None:
-        """A value that a function names, and of a module or an object what it may name of that."""
-        self._visit(label, value)
+    def _named(self, label: str, value: Any, names: _Names) -> None:
+        """A value that a function names, and of a module, an object or a dictionary what it names of that."""
+        self._waiting.append((label, value))
         if isinstance(value, types.ModuleType):
-            inner: Mapping[str, Any] = vars(value) if is_users(value.__name__) else {}
-        elif isinstance(value, (type, types.FunctionType, nn.Module)) or not hasattr(value, "__dict__"):
-            inner = {}
+            inner: Mapping[Any, Any] = vars(value) if is_users(value.__name__) else {}
+            wanted = names.attributes
+        elif type(value) is dict:
+            inner, wanted = value, set() if names.writes_items else names.texts
+        elif isinstance(value, (*_CODE, nn.Module)):
+            return
         else:
-            inner = vars(value)
-        for name in sorted(names & inner.keys()):
-            self._visit(f"{label}.{name}", inner[name])
+            inner, wanted = getattr(value, "__dict__", {}), names.attributes
+        for name in sorted(wanted & inner.keys()):
+            self._waiting.append((f"{label}.{name}", inner[name]))
+
+
+def _wrapped(value: Any) -> types.FunctionType | None:
+    """The function in what `functools.wraps` was used on, such as a cache."""
+    if isinstance(value, nn.Module) or not callable(value):
+        return None
+    found = inspect.getattr_static(value, "__wrapped__", None)  # a proxy would make one up
+    return found if isinstance(found, types.FunctionType) else None
+
+
+def _code_in(values: Iterable[Any]) -> list[Any]:
+    """The functions and classes among these, and in containers among them."""
+    found = []
+    for value in values:
+        if isinstance(value, _CODE):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) <= _MOST_ITEMS:
+            found += [one for one in _items(value) if isinstance(one, _CODE)]
+    return found
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a function's code, and what is defined inside of it, names."""
+
+    of_module: set[str]
+    attributes: set[str]
+    texts: set[str]  # constants
+    stored: set[str]  # globals, and what an enclosing function has
+    stored_attributes: set[str]
+    writes_items: bool
 
 
 @functools.lru_cache(maxsize=_MOST)
-def _names(code: types.CodeType, is_init: bool) -> tuple[set[str], set[str]]:
-    """(the names that the code and what is defined inside of it use, those that it gives a new value)."""
-    kinds = {"STORE_GLOBAL", "DELETE_GLOBAL"} | (set() if is_init else {"STORE_ATTR"})
-    used, stored = set[str](), set[str]()
+def _names(code: types.CodeType) -> _Names:
+    by_kind: dict[str, set[str]] = defaultdict(set)
+    texts = set[str]()
     for inner in _codes(code):
-        used |= set(inner.co_names)
+        texts |= {constant for constant in inner.co_consts if isinstance(constant, str)}
         for line in dis.get_instructions(inner):
-            if line.opname in kinds or (line.opname == "STORE_DEREF" and line.argval in inner.co_freevars):
-                stored.add(str(line.argval))
-    return used, stored
+            if line.opname != "STORE_DEREF" or line.argval in inner.co_freevars:
+                by_kind[line.opname].add(str(line.argval))
+    return _Names(
+        of_module=by_kind["LOAD_GLOBAL"] | by_kind["LOAD_NAME"] | by_kind["STORE_GLOBAL"],
+        attributes=by_kind["LOAD_ATTR"] | by_kind["LOAD_METHOD"] | by_kind["STORE_ATTR"],
+        texts=texts,
+        stored=by_kind["STORE_GLOBAL"] | by_kind["DELETE_GLOBAL"] | by_kind["STORE_DEREF"],
+        stored_attributes=by_kind["STORE_ATTR"],
+        writes_items="STORE_SUBSCR" in by_kind or "DELETE_SUBSCR" in by_kind,
+    )
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -177,19 +256,19 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return sorted({name for a, b in pairs for name in {**a, **b} if a.get(name) != b.get(name)})
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sha256(what: str | bytes) -> str:
+    return hashlib.sha256(what.encode() if isinstance(what, str) else what).hexdigest()
 
 
 def digests(roots: Iterable[Any]) -> dict[str, str]:
-    """SHA-256 of each function that the roots reach, as compiled, and of each value that none of them
-    changes, by name. Objects that cannot be spelled out are left out."""
+    """SHA-256 of each function that the roots reach, as compiled, and of each plain value that none of them
+    changes, by name. Lists and other objects, which anything may change, are left out."""
     reached = Reach(roots)
     texts: dict[str, list[str]] = {}
     for name, function in reached.functions:
         texts.setdefault(name, []).append(_code_text(function.__code__))
     for name, value in reached.values:
-        text = None if name.rpartition(".")[2] in reached.stored else _spelled(value)
+        text = _spelled(value) if reached.is_settled(name) else None
         if text is not None:
             texts.setdefault(name, []).append(text)
     return {name: _sha256("\n".join(found)) for name, found in texts.items()}
@@ -203,21 +282,22 @@ def _code_text(code: types.CodeType) -> str:
 
 def _spelled(value: Any) -> str | None:
     """The value as text that is the same in each process; None for what is none of the plain kinds."""
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (tuple, frozenset)):
         parts = [_spelled(one) for one in value] if len(value) <= _MOST_ITEMS else [None]
         if None in parts:
             return None
         found = [part for part in parts if part is not None]
-        return f"{type(value).__name__}{sorted(found) if isinstance(value, (set, frozenset)) else found}"
-    if isinstance(value, dict):
-        return _spelled(list(value.items()))
+        return f"{type(value).__name__}{sorted(found) if isinstance(value, frozenset) else found}"
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, Tensor):
-        return _spelled(value.detach().cpu().numpy()) if _is_plain(value) else None
+        try:
+            return _spelled(value.detach().resolve_conj().resolve_neg().cpu().numpy())
+        except Exception:  # of a kind that NumPy has not
+            return None
     if isinstance(value, np.ndarray):
         few = value.nbytes <= _MOST_BYTES and not value.dtype.hasobject
-        return f"{value.dtype}{value.shape}{value.tobytes().hex()}" if few else None
+        return f"{value.dtype}{value.shape}{_sha256(value.tobytes())}" if few else None
     plain = (
         bool,
         int,
@@ -232,8 +312,3 @@ def _spelled(value: Any) -> str | None:
         torch.device,
     )
     return repr(value) if isinstance(value, plain) else None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    few = tensor.numel() * tensor.element_size() <= _MOST_BYTES
-    return few and tensor.layout is torch.strided and tensor.dtype is not torch.bfloat16

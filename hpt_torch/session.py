@@ -35,7 +35,7 @@ from hpt_torch.recipe_checks import check_hparams, is_read
 from hpt_torch.record import FORMAT, Event, Record
 from hpt_torch.room import check_free
 from hpt_torch.rundir import RunDir, changes, environment, repository
-from hpt_torch.space import Choice, freeze
+from hpt_torch.space import Choice, defaults, freeze
 from hpt_torch.steered import steered
 from hpt_torch.steering import Steering
 from hpt_torch.task import Task
@@ -106,6 +106,9 @@ def _warm_started(recipe: Recipe, run_dir: Path | None) -> tuple[Recipe, list[Pr
     points, problems = taken_before(run_dir, warm, search.points), list[Problem]()
     if points is None:
         found, problems = points_of(*warm, recipe.space)
+        if search.trials is not None:  # a point more would not be tried
+            declared = search.start_with_defaults and bool(defaults(recipe.space))
+            found = found[: max(search.trials - len(search.points) - declared, 0)]
         points = [*found, *search.points]
     changed = search.model_copy(update={"points": points, "warm_start": None})
     return recipe.model_copy(update={"search": changed}), problems

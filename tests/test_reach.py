@@ -22,7 +22,16 @@ import hpt_torch as hpt
 
 ACTIVATION = nn.ReLU
 WEIGHTS = torch.tensor([1.0, 2.0])
-SETTINGS = {"scale": 2.0, "sizes": [1, 2]}
+SETTINGS = {"scale": 2.0, "sizes": [1, 2], "started": "today"}
+HISTORY = [0]
+STRANGE = [torch.tensor([1j]).conj(), torch.empty(1, device="meta"), {}]
+STRANGE[2]["itself"] = STRANGE
+weight = 1
+
+def sized(x):
+    return abs(x)
+
+FUNCTIONS = {"size": sized}
 OPTIONS = types.SimpleNamespace(shift=0.5, unused=1)
 CALLS = 0
 
@@ -35,7 +44,7 @@ def scaled(factor):
     return scale
 
 class Block(nn.Module):
-    kinds = {"a", "b"}
+    kinds = ("a", "b")
 
     def __init__(self, width):
         super().__init__()
@@ -44,6 +53,9 @@ class Block(nn.Module):
     def forward(self, x):
         global CALLS
         CALLS += 1
+        HISTORY.append(len(STRANGE))
+        self.linear.weight.shape
+        FUNCTIONS["size"](x)
         return shifted(self.activation(self.linear(x)) * SETTINGS["scale"])
 
 class Net(nn.Module):
@@ -81,14 +93,15 @@ def _found(source: str) -> dict[str, str]:
     [
         ("ACTIVATION = nn.ReLU", "ACTIVATION = nn.Tanh", "script_of_a_user.ACTIVATION"),
         ("tensor([1.0, 2.0])", "tensor([1.0, 2.5])", "script_of_a_user.WEIGHTS"),
-        ('"scale": 2.0', '"scale": 2.5', "script_of_a_user.SETTINGS"),
+        ('"scale": 2.0', '"scale": 2.5', "script_of_a_user.SETTINGS.scale"),
         ("shift=0.5", "shift=0.75", "script_of_a_user.OPTIONS.shift"),
         ("by=0.25", "by=0.5", "script_of_a_user.shifted(0)"),
         ("x + by", "x - by", "script_of_a_user.shifted"),
         ("scaled(3.0)", "scaled(4.0)", "script_of_a_user.scaled.<locals>.scale.factor"),
         ("x * factor", "x / factor", "script_of_a_user.scaled.<locals>.scale"),
         ("nn.Linear(4, width)", "nn.Linear(4, width, bias=False)", "script_of_a_user.Block.__init__"),
-        ('kinds = {"a", "b"}', 'kinds = {"a", "c"}', "Block.kinds"),
+        ('kinds = ("a", "b")', 'kinds = ("a", "c")', "Block.kinds"),
+        ("abs(x)", "-abs(x)", "script_of_a_user.sized"),
         ('{"x", "y"}', '{"x", "z"}', "script_of_a_user.Net.forward"),
         ("width: int = 3", "width: int = 4", "script_of_a_user.Net.__init__(0)"),
     ],
@@ -105,6 +118,9 @@ def test_a_change_anywhere_is_told(old: str, new: str, name: str) -> None:
     [
         ("unused=1", "unused=2"),
         ("CALLS = 0", "CALLS = 7"),  # which the code changes itself
+        ("HISTORY = [0]", "HISTORY = [0, 1]"),
+        ('"started": "today"', '"started": "now"'),  # which it does not read
+        ("weight = 1", "weight = 2"),  # the name of an attribute
         ("CALLS += 1\n", "CALLS += 1  # counted\n"),
         ("class Block", "UNRELATED = 5\n\nclass Block"),
     ],

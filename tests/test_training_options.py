@@ -27,7 +27,7 @@ from hpt_torch.task import Task
 from hpt_torch.tasks import Classification
 from hpt_torch.trainers import base
 from hpt_torch.trainers.loop import LoopTrainer
-from hpt_torch.types import InfeasibleError, Objective, Report, TrialState
+from hpt_torch.types import Objective, Report, TrialState
 
 CPU = torch.device("cpu")
 EPOCHS, BATCH, TRIAL, SEED = 4, 16, 4, 3
@@ -338,15 +338,6 @@ def test_freeze(patterns: tuple[str, ...]) -> None:
 
 
 def _discard(value: object) -> None: ...
-
-
-@pytest.mark.parametrize("name", ["freeze", "head"])
-def test_a_pattern_that_is_for_no_parameter_allows_no_training(name: str) -> None:
-    task = _task()
-    with pytest.raises(
-        InfeasibleError, match=rf"{name}: no parameter is called 'bdy.\*'; the model has body.0"
-    ):
-        _trainer(task).init([TRIAL], [_hparams(task, **{name: ("body.*", "bdy.*")})])
 
 
 def test_everything_frozen_is_told_as_such() -> None:

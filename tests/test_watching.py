@@ -6,7 +6,7 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -131,6 +131,29 @@ class _Function(_Model):
 def _plus_one() -> None: ...
 
 
+def _count_in_a_list() -> int:
+    HELD[0] += 1
+    return HELD[0]
+
+
+HELD = [0]
+FUNCTIONS = {"count": _count_in_a_list}
+
+
+class _InADictionary(_Model):
+    def step(self) -> float:
+        return FUNCTIONS["count"]()
+
+
+class _OfAnAttribute(_Model):
+    def __init__(self, input_shape: tuple[int, ...], out_features: int) -> None:
+        super().__init__(input_shape, out_features)
+        self.count = _count_in_a_list
+
+    def step(self) -> float:
+        return self.count()
+
+
 class _OtherModule(_Model):
     def step(self) -> float:
         return float(elsewhere.count())
@@ -154,6 +177,7 @@ def _reset() -> None:
     CALLS, STEPS, _OfClass.of_class, KEPT["deep"][0][0]["calls"] = 0, torch.zeros(()), 0, [0]
     _Model.counted = staticmethod(_counted())  # type: ignore[assignment]
     _plus_one.__dict__.clear()
+    HELD[0] = 0
     vars(elsewhere)["CALLS"] = 0
 
 
@@ -168,7 +192,7 @@ def _trained(task: Classification, monkeypatch: pytest.MonkeyPatch, trace_from: 
     "model",
     [
         *(_Global, _OfClass, _Closure, _Array, _Scalar, _Slotted, _Counter, _Generator, _Deep, _Function),
-        *(_OtherModule, _ReplacedTensor),
+        *(_OtherModule, _ReplacedTensor, _InADictionary, _OfAnAttribute),
     ],
 )
 def test_a_step_that_counts_its_calls_is_not_recorded(
@@ -220,6 +244,31 @@ def test_what_is_set_up_at_the_first_call_is_no_change_of_later_ones(monkeypatch
     replayed, _, trainer = _trained(task, monkeypatch, 0)
     assert all(program.traced for program in trainer.module_programs.of("step"))
     assert _same_bits(plain, 0, replayed, 0)
+
+
+class _Outputs(NamedTuple):
+    y: Tensor
+
+
+class _Dotted(dict[str, Any]):
+    __getattr__ = dict.get
+
+
+class _Ordinary(_Model):
+    """Reaches what looks like an iterator and is none."""
+
+    def __init__(self, input_shape: tuple[int, ...], out_features: int) -> None:
+        super().__init__(input_shape, out_features)
+        self.settings = _Dotted(scale=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Outputs(self.linear(x) * self.settings["scale"]).y
+        return y
+
+
+def test_named_tuples_and_the_like_keep_no_step_from_being_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, trainer = _trained(Classification(_Ordinary, CASES["mlp"][2]()), monkeypatch, 0)
+    assert [program.traced for program in trainer.module_programs.of("step")] == [True]
 
 
 def test_the_state_is_equal_as_long_as_nothing_has_changed() -> None:

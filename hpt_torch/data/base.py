@@ -228,7 +228,8 @@ class Data:
         """New rows (N, *shape), in the units of those that the data set was made of, as its models read them:
         standardised as the rows of train were, uint8 pixels as normalised reals. (Steps of padding are the
         caller's to set to 0.)"""
-        rows = torch.as_tensor(inputs)
+        rows = torch.as_tensor(inputs.to_numpy() if hasattr(inputs, "to_numpy") else inputs)
+        rows = rows.float() if rows.dtype == torch.bool else rows
         if self.mean is not None and self.std is not None and not rows.is_floating_point():
             return normalised(rows, self.mean, self.std, rows.device, dtype)
         if self.shift is not None and self.scale is not None:

@@ -71,8 +71,6 @@ class LoopTrainer:
     def build(self, hparams: HParams, trial: int) -> nn.Module:
         """The trial's untrained model on the device. Raises InfeasibleError where there is none."""
         model = base.build(self.task, hparams, trial, self.seed, self.data.valid)
-        if found := optim.unmatched([name for name, _ in model.named_parameters()], hparams):
-            raise InfeasibleError(": ".join(found))
         for name, parameter in model.named_parameters():
             if parameter.is_complex():
                 rule = "parameters must be real; hold its real and imaginary parts (torch.view_as_complex)"

@@ -7,7 +7,7 @@ import itertools
 import random
 import types
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hpt_torch.reach import Reach
 
-_MOST = 20_000  # values that are looked at
+_MOST = 10_000  # values that are looked at
 _MOST_ITEMS = 1000  # of a container
 _MOST_BYTES = 1 << 16  # of an array
 _DEEPEST = 12
@@ -55,6 +55,9 @@ class _Walk:
 
     def copy(self, value: Any, depth: int = 0) -> Any:
         """A copy of what of the value can be compared; None for the rest, and for what was seen before."""
+        self._left -= 1
+        if self._left < 0:
+            return None
         if value is None or isinstance(value, (bool, int, str, bytes)):
             return value
         if isinstance(value, (float, complex, np.generic, itertools.count)):
@@ -62,8 +65,7 @@ class _Walk:
         if isinstance(value, Tensor):
             counts = self.with_tensors and not value.is_inference()
             return _This(value, value._version) if counts else None
-        self._left -= 1
-        if self._left < 0 or depth > _DEEPEST or id(value) in self._seen:
+        if depth > _DEEPEST or id(value) in self._seen:
             return None
         self._seen[id(value)] = value
         if isinstance(value, np.random.Generator):
@@ -75,14 +77,18 @@ class _Walk:
         if isinstance(value, np.ndarray):
             few = value.nbytes <= _MOST_BYTES and not value.dtype.hasobject
             return (value.shape, value.tobytes()) if few else None
-        if hasattr(value, "__next__") and type(value).__module__ not in _OPAQUE:
+        if hasattr(type(value), "__next__") and type(value).__module__ not in _OPAQUE:
             return object()  # where an iterator stands cannot be told: equal to nothing
-        return [self.copy(one, depth + 1) for one in _inside(value)]
+        try:
+            inside = list(_inside(value))
+        except Exception:  # of an object that minds being looked at
+            return None
+        return [self.copy(one, depth + 1) for one in inside]
 
 
 def _inside(value: Any) -> Iterable[Any]:
     """What a container, an object or a function holds."""
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, types.MappingProxyType)):
         return itertools.chain.from_iterable(islice(value.items(), _MOST_ITEMS))
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return islice(value, _MOST_ITEMS)

@@ -65,9 +65,7 @@ class Checked:
     task: Task
     hparams: HParams  # the fixed ones
     objective: Objective
-    warm: tuple[str, int] | None = (
-        None  # the run that the first points came from, and how many were asked for
-    )
+    warm: tuple[str, int] | None = None  # the run that the first points came from, and how many were wanted
 
 
 @settings_restored()

@@ -138,8 +138,8 @@ TRAINING: tuple[HParamSpec, ...] = (
     _spec("ema", "bool", False, doc="score and keep an exponential moving average of the weights"),
     _spec("ema_decay", "float", 0.999, **_UNIT, open_high=True, dynamic=True, needs={"ema": (True,)},
           doc="share of the average that a step keeps"),
-    _spec("freeze", "strs", (), doc='parameters that are not trained, by pattern: ["backbone.*"]'),
-    _spec("head", "strs", (), doc='parameters with a learning rate of their own, by pattern: ["head.*"]'),
+    _spec("freeze", "strs", (), doc='what is not trained: patterns of parameters or modules, ["backbone"]'),
+    _spec("head", "strs", (), doc='what has a learning rate of its own: patterns likewise, ["head"]'),
     _spec("head_lr_factor", "float", 1.0, low=0, open_low=True, dynamic=True,
           doc="learning rate of `head` divided by lr"),
 )  # fmt: skip
